@@ -1,0 +1,98 @@
+"""mmapwal: a durable journal for Python programs.
+
+Append an entry, and when the call returns it survives a power cut; read any entry as a slice of a memory
+mapping; after a crash get back exactly what was acknowledged; checkpoint a state machine and give the
+space back.
+"""
+
+import logging
+
+from mmapwal.engine import Durability
+from mmapwal.errors import (
+    BusyError,
+    ClosedError,
+    CorruptionError,
+    DuplicateOpError,
+    ForkedError,
+    IncompatibleFormatError,
+    JournalError,
+    JournalFullError,
+    LockedError,
+    MissingOpError,
+    PayloadTooLargeError,
+    PersistStage,
+    PoisonedError,
+    SnapshotCorruptError,
+    SnapshotError,
+    SnapshotPersistError,
+    StaleOpError,
+    StateMachineError,
+    TruncatedError,
+)
+from mmapwal.journal import Journal, JournalStats
+from mmapwal.reader import Entry, Header
+from mmapwal.recovery import RecoveryReport, RecoveryRow
+from mmapwal.replica import MuxStateMachine, Replica, SnapshotCoordinator, StateMachine, recover
+from mmapwal.snapshot import Snapshot, SnapshotStore
+from mmapwal.storage import (
+    Directory,
+    FileStorage,
+    MappedStorage,
+    MemoryDirectory,
+    MemoryStorage,
+    Storage,
+    SyncMethod,
+    SystemDirectory,
+)
+from mmapwal.verify import Problem, VerifyReport, inspect
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BusyError",
+    "ClosedError",
+    "CorruptionError",
+    "Directory",
+    "DuplicateOpError",
+    "Durability",
+    "Entry",
+    "FileStorage",
+    "ForkedError",
+    "Header",
+    "IncompatibleFormatError",
+    "Journal",
+    "JournalError",
+    "JournalFullError",
+    "JournalStats",
+    "LockedError",
+    "MappedStorage",
+    "MemoryDirectory",
+    "MemoryStorage",
+    "MissingOpError",
+    "MuxStateMachine",
+    "PayloadTooLargeError",
+    "PersistStage",
+    "PoisonedError",
+    "Problem",
+    "RecoveryReport",
+    "RecoveryRow",
+    "Replica",
+    "Snapshot",
+    "SnapshotCoordinator",
+    "SnapshotCorruptError",
+    "SnapshotError",
+    "SnapshotPersistError",
+    "SnapshotStore",
+    "StaleOpError",
+    "StateMachine",
+    "StateMachineError",
+    "Storage",
+    "SyncMethod",
+    "SystemDirectory",
+    "TruncatedError",
+    "VerifyReport",
+    "inspect",
+    "recover",
+]
+
+logging.getLogger("mmapwal").addHandler(logging.NullHandler())

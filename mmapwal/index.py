@@ -1,0 +1,141 @@
+"""The ring of slots, mapped: where the newest live frame of each op lies. Derived from the segments,
+and rebuilt from them after an unclean close; its first page publishes how far the journal is."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mmapwal import format as fmt
+from mmapwal._native import ffi, lib
+from mmapwal.errors import CorruptionError
+from mmapwal.storage import Directory, Storage
+
+__all__ = ["SlotIndex"]
+
+_STEP = bytes(1 << 20)
+
+
+def _header(uuid: bytes, slot_count: int) -> bytes:
+    header: Any = np.zeros((), fmt.INDEX_HEADER)
+    header["magic"] = fmt.INDEX_MAGIC
+    header["version"] = fmt.FORMAT_VERSION
+    header["slot_bytes"] = fmt.SLOT_BYTES
+    header["uuid"] = np.void(uuid)
+    header["slot_count"] = slot_count
+    header["salt"] = fmt.journal_salt(uuid)
+    header["crc"] = fmt.crc32c(header.tobytes()[: fmt.INDEX_CRC_OFFSET])
+    return bytes(header.tobytes())
+
+
+def _check(rc: int) -> int:
+    if rc < 0:
+        raise OSError(-rc, "reading or storing the index failed", fmt.INDEX_NAME)
+    return rc
+
+
+class SlotIndex:
+    """Slot = op % slot_count. Stores come from the C helper alone."""
+
+    def __init__(self, storage: Storage, slot_count: int, *, fresh: bool) -> None:
+        self.slot_count = slot_count
+        self.fresh = fresh
+        self._storage = storage
+        whole = storage.shared()
+        self._pin = ffi.from_buffer(whole)
+        self.page = ffi.cast("struct mw_index_header *", self._pin)
+        self.slots = ffi.cast("struct mw_slot *", self._pin + fmt.PAGE_BYTES)
+        self.memory = whole[fmt.PAGE_BYTES :].toreadonly()
+        self.load = struct.Struct("<QQqIHH").unpack_from  # lsn, op, timestamp, length, kind
+
+    @classmethod
+    def open(cls, directory: Directory, uuid: bytes, slot_count: int) -> SlotIndex | None:
+        """None unless the file is there, of this journal, and of this size."""
+        try:
+            storage = directory.open(fmt.INDEX_NAME, writable=True)
+        except FileNotFoundError:
+            return None
+        try:
+            header = _header(uuid, slot_count)
+            checked = fmt.INDEX_PROGRESS_OFFSET
+            right = len(storage) == fmt.PAGE_BYTES + slot_count * fmt.SLOT_BYTES
+            if right and bytes(storage.read_at(0, checked)) == header[:checked]:
+                return cls(storage, slot_count, fresh=False)
+        except BaseException:
+            storage.close()
+            raise
+        storage.close()
+        return None
+
+    @classmethod
+    def create(cls, directory: Directory, uuid: bytes, slot_count: int) -> SlotIndex:
+        """A new, empty one, every block of it written, so that stores need no space later.
+
+        OSError when there is no room. Nothing is synced: what a crash leaves of it is not believed.
+        """
+        storage = directory.create(fmt.INDEX_NAME + ".tmp")
+        try:
+            storage.write_at(0, _header(uuid, slot_count).ljust(fmt.PAGE_BYTES, b"\0"))
+            offset, end = fmt.PAGE_BYTES, fmt.PAGE_BYTES + slot_count * fmt.SLOT_BYTES
+            while offset < end:
+                offset += storage.write_at(offset, _STEP[: end - offset])
+            directory.rename(fmt.INDEX_NAME + ".tmp", fmt.INDEX_NAME)
+        except BaseException:
+            storage.close()
+            raise
+        return cls(storage, slot_count, fresh=True)
+
+    def progress(self) -> tuple[int, int]:
+        """(written, durable) LSN that the page publishes; zeros when it does not verify."""
+        out = ffi.new("struct mw_progress *")
+        rc = lib.mw_progress_read(self.page, out)
+        if rc == lib.MW_E_MISSING:
+            return 0, 0
+        _check(rc)
+        return int(out.written_lsn), int(out.durable_lsn)
+
+    def crc(self) -> int:
+        """CRC32C of all slots."""
+        out = ffi.new("uint32_t *")
+        _check(lib.mw_crc32c_guarded(0, self.slots, self.slot_count * fmt.SLOT_BYTES, out))
+        return int(out[0])
+
+    def fill(self, slots: npt.NDArray[Any]) -> None:
+        """Takes over slots that were rebuilt elsewhere."""
+        source = ffi.from_buffer(slots)
+        _check(lib.mw_copy_guarded(self.slots, source, self.slot_count * fmt.SLOT_BYTES))
+
+    def copy(self) -> npt.NDArray[Any]:
+        """The slots as they are, each one whole; the journal may go on meanwhile."""
+        out = np.empty(self.slot_count, fmt.SLOT)
+        target = ffi.cast("struct mw_slot *", ffi.from_buffer(out))
+        _check(lib.mw_slots_copy(target, self.slots, self.slot_count))
+        return out
+
+    def lookup(self, op: int) -> tuple[int, int, int, int, int] | None:
+        """(lsn, op, timestamp, length, kind) of the live frame, or None. By the C helper: any machine
+        orders its loads right, and a failing disk is an OSError."""
+        out = ffi.new("struct mw_slot *")
+        rc = lib.mw_lookup(self.slots, self.slot_count, op, out)
+        if rc == lib.MW_E_MISSING:
+            return None
+        _check(rc)
+        return int(out.lsn), int(out.op), int(out.timestamp_ns), int(out.length), int(out.kind)
+
+    def sync(self) -> None:
+        self._storage.sync()
+
+    def close(self) -> None:
+        self._storage.close()
+
+
+def rebuilt_slots(slot_count: int) -> npt.NDArray[Any]:
+    """Empty slots in private memory, for a scan to fill."""
+    return np.zeros(slot_count, fmt.SLOT)
+
+
+def conflict(name: str, offset: int, lsn: int, op: int) -> CorruptionError:
+    return CorruptionError(name, offset, lsn, op, "two live ops want the same slot")

@@ -1,0 +1,558 @@
+"""Journal: the face of it all. The work is done by the engine, the reader, removal and compaction."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+from typing_extensions import Buffer
+
+from mmapwal import compaction, removal
+from mmapwal import format as fmt
+from mmapwal._native import ffi, lib
+from mmapwal.engine import Durability, Engine, Options
+from mmapwal.errors import ClosedError, JournalError, MissingOpError, PayloadTooLargeError, PoisonedError
+from mmapwal.reader import DrainedEntries, Entry, Header, Reader
+from mmapwal.recovery import RecoveryReport
+from mmapwal.storage import Directory, SyncMethod, SystemDirectory
+from mmapwal.verify import VerifyReport, verify_open
+
+__all__ = ["Journal", "JournalStats"]
+
+log = logging.getLogger("mmapwal")
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class JournalStats:
+    """A journal at one moment. Sizes in bytes; counters since it was opened."""
+
+    entries: int
+    first_op: int | None
+    last_op: int | None
+    snapshot_op: int
+    segments: int
+    file_bytes: int
+    live_bytes: int
+    dead_bytes: int
+    commits: int
+    syncs: int
+    appended_entries: int
+    appended_bytes: int
+    staged_bytes: int
+    held_bytes: int
+    oldest_view_s: float
+    removals: int
+    epoch: int
+    sequence: int
+
+
+def _choice(name: str, value: Any, low: int, high: int, multiple: int = 1) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} is an int, not {type(value).__name__}")
+    if not low <= value <= high or value % multiple:
+        of = f", a multiple of {multiple}" if multiple > 1 else ""
+        raise ValueError(f"{name} is {low} .. {high}{of}; not {value}")
+
+
+def _check_op(op: Any, name: str = "op", low: int = 1) -> int:
+    if not isinstance(op, int) or isinstance(op, bool):
+        raise TypeError(f"{name} is an int, not {type(op).__name__}")
+    if not low <= op <= fmt.OP_MAX:
+        raise ValueError(f"{name} is {low} .. {fmt.OP_MAX}; not {op}")
+    return op
+
+
+class Journal:
+    """A durable journal in a directory, with one writer.
+
+    `path` is made if it is missing and `create`; the directory belongs to the journal. `slots` (65,536)
+    bounds the live entries, `segment_bytes` (16 MiB) is the size of a segment file, and
+    `commit_align_bytes` (0, 512 or 4096) keeps commits from sharing a sector: the three are fixed when
+    the journal is made, and IncompatibleFormatError tells when others are asked for later.
+    `sync_interval_ms` syncs in the background, for Durability.OS and BUFFERED. `clock` gives
+    timestamps in nanoseconds. `progress` (done, total, in bytes) is told during a long recovery.
+    `storage` is where the files live; None: the real ones below `path`.
+
+    Raises LockedError (another writer has it), CorruptionError (acknowledged data is damaged; nothing
+    was changed), IncompatibleFormatError, JournalError (the directory holds something else),
+    FileNotFoundError (nothing there, and not `create`), ValueError or TypeError (a choice is out of
+    range), OSError. Opening blocks: after an unclean end it reads everything; ``report`` tells.
+
+    All methods may be called from several threads at once. Use it as a context manager, or call close().
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        create: bool = True,
+        durability: Durability = Durability.SYNC,
+        sync_method: SyncMethod = SyncMethod.AUTO,
+        slots: int | None = None,
+        segment_bytes: int | None = None,
+        max_payload_bytes: int = 64 << 20,
+        commit_align_bytes: int | None = None,
+        sync_interval_ms: float | None = None,
+        verify_reads: bool = False,
+        clock: Callable[[], int] = time.time_ns,
+        progress: Progress | None = None,
+        storage: Directory | None = None,
+    ) -> None:
+        durability, sync_method = Durability(durability), SyncMethod(sync_method)
+        if slots is not None:
+            _choice("slots", slots, 1, fmt.SLOTS_MAX)
+        if segment_bytes is not None:
+            _choice(
+                "segment_bytes", segment_bytes, fmt.SEGMENT_BYTES_MIN, fmt.SEGMENT_BYTES_MAX, fmt.PAGE_BYTES
+            )
+        if commit_align_bytes is not None and commit_align_bytes not in {0, 512, 4096}:
+            raise ValueError(f"commit_align_bytes is 0, 512 or 4096; not {commit_align_bytes}")
+        _choice("max_payload_bytes", max_payload_bytes, 0, fmt.PAYLOAD_BYTES_MAX)
+        if sync_interval_ms is not None and not sync_interval_ms > 0:
+            raise ValueError(f"sync_interval_ms is above 0; not {sync_interval_ms}")
+        directory = storage if storage is not None else _open_directory(path, create=create)
+        self.path = directory.path if isinstance(directory, SystemDirectory) else None
+        self.directory = directory
+        options = Options(
+            create=create, durability=durability, sync_method=sync_method, slots=slots,
+            segment_bytes=segment_bytes, align_bytes=commit_align_bytes, progress=progress,
+        )  # fmt: skip
+        self._engine = engine = Engine(directory, options)
+        self._reader = Reader(engine, verify_reads=verify_reads)
+        self._max_payload_bytes = max_payload_bytes
+        self._max_batch_bytes = max(max_payload_bytes, engine.superblock.segment_bytes)
+        self._clock = None if clock is time.time_ns else clock
+        self._flags = lib.MW_NOW if self._clock is None else 0
+        self._native_append = lib.mw_append
+        self._writer = engine.writer
+        self._finalizer = weakref.finalize(self, _abandoned, engine, str(directory))
+        self._finalizer.atexit = False
+        self._syncing: threading.Thread | None = None
+        self._stop_syncing = threading.Event()
+        if sync_interval_ms is not None and durability is not Durability.SYNC:
+            self._syncing = threading.Thread(
+                target=_sync_often, args=(engine, sync_interval_ms / 1000, self._stop_syncing),
+                name="mmapwal-sync", daemon=True,
+            )  # fmt: skip
+            self._syncing.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, t: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<mmapwal.Journal {self.directory}>"
+
+    def close(self) -> None:
+        """Makes all that was appended durable, seals the journal, and lets it go. Blocks for that;
+        waits for appends under way. Twice is fine; in a forked child it does nothing.
+
+        OSError or PoisonedError when the last sync fails; the journal is let go nevertheless. One that
+        is poisoned already is let go without a seal and without an error. Views stay right.
+        """
+        self._finalizer.detach()
+        if self._reader.closed is None and not self._engine.forked:
+            self._stop_syncing.set()
+            if self._syncing is not None:
+                self._syncing.join()
+            self._reader.closed = ClosedError("the journal is closed")
+            self._engine.close()
+
+    # --- writing ----------------------------------------------------------------------------------
+
+    def append(
+        self, payload: Buffer, *, op: int | None = None, kind: int = 0, timestamp: int | None = None,
+        replace: bool = False,
+    ) -> int:  # fmt: skip
+        """Appends one entry and returns its op. At return it is as durable as the journal's `durability`
+        says. The payload is copied; any C-contiguous buffer, 0 bytes too.
+
+        `op` None is the next above last_op and snapshot_op; one below last_op fills a gap; one that is
+        live needs `replace`. `kind` is 0 .. 32,767; `timestamp` None asks the clock.
+
+        Before a byte is written: DuplicateOpError, StaleOpError, JournalFullError (the slot still holds
+        another live op), PayloadTooLargeError, ValueError or TypeError, and OSError when there is no
+        space (nothing happened). PoisonedError when the write or sync failed: the outcome is unknown.
+        ClosedError, ForkedError. Blocks for one sync, which appends of other threads share.
+        """
+        if type(payload) is bytes:
+            data: Any = payload
+            length = len(payload)
+        else:
+            data, length = self._buffer(payload)
+        if length > self._max_payload_bytes:
+            raise PayloadTooLargeError(f"{length} bytes; max_payload_bytes is {self._max_payload_bytes}")
+        flags = self._flags
+        if op is None:
+            op = 0
+        else:
+            _check_op(op)
+        if replace:
+            flags |= lib.MW_REPLACE
+        if timestamp is not None:
+            flags &= ~lib.MW_NOW
+        elif self._clock is not None:
+            timestamp = self._clock()
+        try:
+            done = self._native_append(self._writer, data, length, op, kind, timestamp or 0, flags)
+        except (OverflowError, TypeError) as e:
+            raise _out_of_range(e, kind, timestamp) from None
+        if done > 0:
+            return done  # type: ignore[no-any-return]
+        args = (self._writer, data, length, op, kind, timestamp or 0, flags)
+        return self._append_again(done, lambda: self._native_append(*args), fmt.frame_bytes(length), op)
+
+    def append_many(
+        self, payloads: Iterable[Buffer], *, first_op: int | None = None, kind: int = 0,
+        kinds: Sequence[int] | None = None,
+    ) -> range:  # fmt: skip
+        """Appends entries with consecutive ops from `first_op` as one batch: after a crash all of them
+        are there or none. Returns their ops; an empty batch writes nothing. `kind` is for all, or
+        `kinds` one each. A batch is bounded by max(max_payload_bytes, segment_bytes), frames included:
+        PayloadTooLargeError says by how much. Else as append().
+        """
+        parts = [p if type(p) is bytes else self._bytes(p) for p in payloads]
+        if not parts:
+            state = self._engine.state()
+            start = first_op if first_op is not None else int(state.next_op)
+            return range(start, start)
+        lengths = np.fromiter(map(len, parts), np.uint64, len(parts))
+        longest = int(lengths.max())
+        if longest > self._max_payload_bytes:
+            raise PayloadTooLargeError(f"{longest} bytes; max_payload_bytes is {self._max_payload_bytes}")
+        total = int(((lengths + np.uint64(fmt.FRAME_BYTES + 7)) & ~np.uint64(7)).sum())
+        if total > self._max_batch_bytes:
+            over = total - self._max_batch_bytes
+            raise PayloadTooLargeError(
+                f"the batch takes {total} bytes, {over} more than one may: {self._max_batch_bytes}"
+            )
+        if kinds is not None and len(kinds) != len(parts):
+            raise ValueError(f"{len(kinds)} kinds for {len(parts)} payloads")
+        column = ffi.NULL
+        if kinds is not None:
+            try:
+                column = ffi.new("uint16_t[]", list(kinds))
+            except (OverflowError, TypeError) as e:
+                raise _out_of_range(e, kinds, None) from None
+        first = 0 if first_op is None else _check_op(first_op, "first_op")
+        timestamp = 0 if self._clock is None else self._clock()
+        args = (
+            self._writer, b"".join(parts), ffi.cast("uint64_t *", ffi.from_buffer(lengths)), column,
+            len(parts), first, kind, timestamp, self._flags,
+        )  # fmt: skip
+        try:
+            done = lib.mw_append_many(*args)
+        except (OverflowError, TypeError) as e:
+            raise _out_of_range(e, kind, None) from None
+        if done <= 0:
+            done = self._append_again(done, lambda: lib.mw_append_many(*args), total, first)
+        return range(done, done + len(parts))
+
+    def _append_again(self, code: int, call: Callable[[], int], frame_bytes: int, op: int) -> int:
+        """What the C helper cannot do by itself: a segment, an epoch, waiting for a removal."""
+        engine = self._engine
+        while code <= 0:
+            if code == lib.MW_E_NEED_SEGMENT:
+                engine.prepare_segment(frame_bytes)
+            elif code == lib.MW_E_NEED_EPOCH:
+                engine.start_epoch()
+                if engine.options.durability is Durability.BUFFERED:
+                    engine.flush()
+            elif code == lib.MW_E_BARRIER:
+                with engine.structure:
+                    pass
+            else:
+                raise engine.error(code, op)
+            code = call()
+        return code
+
+    def _buffer(self, payload: Any) -> tuple[Any, int]:
+        try:
+            view = memoryview(payload)
+        except TypeError:
+            raise TypeError(
+                f"a payload is an object with the buffer protocol, not {type(payload).__name__}"
+            ) from None
+        if not view.c_contiguous:
+            raise ValueError("a payload is C-contiguous")
+        return (ffi.from_buffer(view), view.nbytes) if view.nbytes else (b"", 0)
+
+    def _bytes(self, payload: Any) -> bytes:
+        self._buffer(payload)
+        return bytes(payload) if not isinstance(payload, memoryview) else payload.tobytes()
+
+    def sync(self) -> int:
+        """Makes all that was appended before durable; returns the durable LSN. Blocks.
+
+        PoisonedError when the sync fails; OSError when buffered entries find no space: they stay
+        buffered, and sync() may be called again. ClosedError, ForkedError.
+        """
+        return self._engine.sync()
+
+    # --- reading ----------------------------------------------------------------------------------
+
+    def read(self, op: int) -> memoryview:
+        """The payload: a read-only slice of the mapping, no copy, right for as long as it is held.
+
+        MissingOpError when no live entry has the op; PoisonedError above the durable LSN of a poisoned
+        journal; CorruptionError with `verify_reads`; ClosedError. What the disk fails to bring while
+        the view is read kills by SIGBUS: copy() is the guarded way.
+        """
+        view, start, end, _, _ = self._reader.locate(op)
+        return view[start:end]
+
+    def copy(self, op: int) -> bytes:
+        """The payload as bytes, its checksum checked, OSError where the disk fails. Else as read()."""
+        return self._reader.copy(op)
+
+    def get(self, op: int, default: Any = None) -> Entry | Any:
+        """The entry, or `default` when no live entry has the op."""
+        try:
+            return self[op]
+        except MissingOpError:
+            return default
+
+    def __getitem__(self, op: int) -> Entry:
+        """The entry; errors as read()."""
+        view, start, end, kind, timestamp = self._reader.locate(op)
+        return Entry(op, view[start:end], kind, timestamp)
+
+    def __contains__(self, op: object) -> bool:
+        try:
+            self._reader.locate(op)  # type: ignore[arg-type]
+        except MissingOpError:
+            return False
+        return True
+
+    def __len__(self) -> int:
+        return int(self._state().live)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __iter__(self) -> Iterator[Entry]:
+        return self.entries()
+
+    def payloads(self, first: int | None = None, last: int | None = None) -> Iterator[memoryview]:
+        """The payloads of the live ops first .. last (inclusive), by op: the fast lane. Checked in
+        chunks; CorruptionError, OSError. What is appended meanwhile is not among them; what is removed
+        meanwhile may be."""
+        return self._reader.payloads(first, last)
+
+    def entries(self, first: int | None = None, last: int | None = None) -> Iterator[Entry]:
+        """The live entries first .. last (inclusive), by op. As payloads()."""
+        return self._reader.entries(first, last)
+
+    def header(self, op: int) -> Header | None:
+        """What is known of an entry without its payload; None when it is not live. The frame is checked."""
+        return self._reader.header(op)
+
+    def previous_header(self, header: Header) -> Header | None:
+        """The header of the op before; None when that is not live."""
+        return self._reader.header(header.op - 1) if header.op > 1 else None
+
+    def headers(self, first: int | None = None, last: int | None = None) -> npt.NDArray[Any]:
+        """The headers of first .. last (inclusive), by op, as a structured array with the fields of
+        Header. Copies; the payloads are not read."""
+        return self._reader.headers(first, last)
+
+    # --- shrinking --------------------------------------------------------------------------------
+
+    def set_snapshot_op(self, op: int) -> None:
+        """Moves the watermark: ops up to it are gone. Durable at return, constant time on the disk.
+
+        It only grows (else ValueError) and may lie above last_op. BusyError while another shrinking
+        operation is under way. OSError: nothing happened. PoisonedError, ClosedError, ForkedError.
+        """
+        removal.set_watermark(self._engine, _check_op(op, low=0))
+
+    def drain(self, first: int, last: int) -> DrainedEntries:
+        """Takes the ops first .. last out, durably, all or none, and returns those that lived, by op,
+        made lazily on mappings held from now on. The watermark moves to `last` only if no live op lies
+        below `first`. ValueError when first > last; other errors as set_snapshot_op(). The space comes
+        back with compact() and when no view holds the mapping."""
+        _check_op(first, "first")
+        _check_op(last, "last")
+        if first > last:
+            raise ValueError(f"first is {first}, above last, {last}")
+        return removal.drain(self._engine, self._reader, first, last)
+
+    def truncate_from(self, op: int) -> int:
+        """Removes all ops from `op` on, durably, all or none; how many lived. They never come back, and
+        the ops can be appended again. ValueError at or below the watermark, which stays where it is;
+        other errors as set_snapshot_op()."""
+        return removal.truncate_from(self._engine, _check_op(op))
+
+    def compact(self) -> int:
+        """Gives back the space of what is not live; bytes freed. Blocks for the disk; appends and reads
+        go on. The segment that is being written keeps its size. BusyError, OSError (nothing happened),
+        PoisonedError."""
+        return compaction.compact(self._engine)
+
+    def pair_snapshot(self, op: int, checksum: int) -> None:
+        """Records that the snapshot of this op and checksum is the journal's, and moves the watermark to
+        `op`, by one superblock. For SnapshotCoordinator; the snapshot is durable already. Errors as
+        set_snapshot_op()."""
+        removal.set_watermark(self._engine, _check_op(op, low=0), checksum=checksum)
+
+    def set_user_data(self, data: bytes) -> None:
+        """Keeps up to 128 bytes for the user in the superblock (a Raft term and vote), durable at return.
+        ValueError when longer; OSError: nothing happened; PoisonedError, ClosedError, ForkedError."""
+        if len(data) > fmt.USER_DATA_BYTES_MAX:
+            raise ValueError(f"{len(data)} bytes of user data; at most {fmt.USER_DATA_BYTES_MAX} fit")
+        with self._engine.structure:
+            self._engine.check_usable()
+            self._engine.change(replace(self._engine.superblock, user_data=bytes(data)), lambda: None)
+
+    # --- state ------------------------------------------------------------------------------------
+
+    def _state(self) -> Any:
+        return self._engine.state()
+
+    @property
+    def first_op(self) -> int | None:
+        """The lowest live op."""
+        return int(self._state().first_op) or None
+
+    @property
+    def last_op(self) -> int | None:
+        """The highest live op."""
+        return int(self._state().last_op) or None
+
+    @property
+    def snapshot_op(self) -> int:
+        """The watermark: ops up to it are gone. 0: none."""
+        return int(self._state().watermark)
+
+    @property
+    def remaining_capacity(self) -> int:
+        """How many consecutive automatic appends would find a free slot."""
+        left = lib.mw_writer_remaining(self._writer)
+        if left < 0:
+            raise self._engine.error(left)
+        return int(left)
+
+    @property
+    def written_lsn(self) -> int:
+        """All below it is with the kernel."""
+        return int(self._state().written_lsn)
+
+    @property
+    def durable_lsn(self) -> int:
+        """All below it is durable."""
+        return int(self._state().durable_lsn)
+
+    @property
+    def poisoned(self) -> PoisonedError | None:
+        """Why the journal refuses everything, or None."""
+        return self._engine.poisoned() if self._state().poison_stage else None
+
+    @property
+    def report(self) -> RecoveryReport:
+        """What opening found and did."""
+        return self._engine.report
+
+    @property
+    def pairing(self) -> tuple[int, int] | None:
+        """(op, checksum) of the snapshot that the superblock is paired with."""
+        return self._engine.superblock.pairing
+
+    @property
+    def user_data(self) -> bytes:
+        """What set_user_data() keeps."""
+        return self._engine.superblock.user_data
+
+    @property
+    def slots(self) -> int:
+        return self._engine.superblock.slot_count
+
+    @property
+    def segment_bytes(self) -> int:
+        return self._engine.superblock.segment_bytes
+
+    @property
+    def uuid(self) -> bytes:
+        return self._engine.superblock.uuid
+
+    @property
+    def durability(self) -> Durability:
+        return self._engine.options.durability
+
+    @property
+    def sync_method(self) -> SyncMethod:
+        """The one in use; never AUTO."""
+        return self._engine.sync_method
+
+    def stats(self) -> JournalStats:
+        """Counters and sizes at one moment. Walks the slots: about a millisecond for 65,536."""
+        state, superblock = self._state(), self._engine.superblock
+        live = compaction.Live(self._engine.index.copy()).total_bytes
+        held = self._engine.segments.held.held()
+        now = time.monotonic()
+        segment_bytes = sum(s.capacity + fmt.PAGE_BYTES for s in superblock.segments)
+        used = sum(min(s.next_base_lsn, state.written_lsn) - s.base_lsn
+                   for s in superblock.segments if s.base_lsn < state.written_lsn)  # fmt: skip
+        return JournalStats(
+            entries=int(state.live), first_op=int(state.first_op) or None, last_op=int(state.last_op) or None,
+            snapshot_op=int(state.watermark), segments=len(superblock.segments),
+            file_bytes=segment_bytes + fmt.PAGE_BYTES + superblock.slot_count * fmt.SLOT_BYTES,
+            live_bytes=live, dead_bytes=max(0, used - live), commits=int(state.commits),
+            syncs=int(state.syncs), appended_entries=int(state.entries), appended_bytes=int(state.bytes),
+            staged_bytes=int(state.staged_bytes), held_bytes=sum(length for length, _ in held),
+            oldest_view_s=max((now - since for _, since in held), default=0.0),
+            removals=len(superblock.removals), epoch=int(state.epoch), sequence=superblock.sequence,
+        )  # fmt: skip
+
+    def verify(self, progress: Progress | None = None) -> VerifyReport:
+        """Checks every durable frame, and the index against them, while the journal goes on. Blocks
+        while it reads everything. Changes nothing. OSError when the disk fails."""
+        self._engine.check_usable()
+        return verify_open(self._engine, progress)
+
+
+def _open_directory(path: str | os.PathLike[str], *, create: bool) -> SystemDirectory:
+    where = Path(path)
+    if create and not where.exists() and where.parent.is_dir():
+        where.mkdir(mode=0o700, exist_ok=True)
+    return SystemDirectory(where, create=create)
+
+
+def _out_of_range(error: Exception, kind: Any, timestamp: Any) -> Exception:
+    if isinstance(error, TypeError):
+        return TypeError(
+            f"kind and timestamp are ints, not {type(kind).__name__} and {type(timestamp).__name__}"
+        )
+    return ValueError(f"kind is 0 .. {fmt.KIND_MAX}, timestamp 64 bits; not {kind} and {timestamp}")
+
+
+def _abandoned(engine: Engine, name: str) -> None:
+    if not engine.forked:
+        warnings.warn(f"journal {name} was not closed", ResourceWarning, stacklevel=2)
+        engine.abandon()
+
+
+def _sync_often(engine: Engine, interval_s: float, stop: threading.Event) -> None:
+    """sync_interval_ms: a failure poisons like any other; full disks are tried again."""
+    while not stop.wait(interval_s):
+        try:
+            engine.sync()
+        except PoisonedError:
+            return
+        except (OSError, JournalError) as e:
+            log.info("a background sync failed: %s", e)

@@ -1,0 +1,307 @@
+"""Segments: made ahead, opened, mapped when first read, and lent out as views."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+import weakref
+from bisect import bisect_right
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from mmapwal import format as fmt
+from mmapwal._native import ffi, lib
+from mmapwal.errors import CorruptionError, IncompatibleFormatError
+from mmapwal.injected import InjectedIO
+from mmapwal.storage import Directory, MappedStorage, Storage, SyncMethod
+from mmapwal.superblock import SegmentRecord
+
+__all__ = ["Segment", "SegmentSet", "SegmentTable", "encode_header", "make_segment"]
+
+ZERO_STEP_BYTES = 1 << 20
+MAPPINGS_MAX = 16_384  # vm.max_map_count is 65,530 by default
+_ZEROS = bytes(ZERO_STEP_BYTES)
+
+
+def encode_header(uuid: bytes, record: SegmentRecord) -> bytes:
+    """The header page; it never changes afterwards."""
+    header: Any = np.zeros((), fmt.SEGMENT_HEADER)
+    header["magic"] = fmt.SEGMENT_MAGIC
+    header["version"] = fmt.FORMAT_VERSION
+    header["generation"] = record.generation
+    header["uuid"] = np.void(uuid)
+    header["id"], header["base_lsn"], header["capacity"] = record.id, record.base_lsn, record.capacity
+    header["salt"] = fmt.segment_salt(uuid, record.id)
+    raw = header.tobytes()
+    header["crc"] = fmt.crc32c(raw[:-4])
+    return bytes(header.tobytes().ljust(fmt.PAGE_BYTES, b"\0"))
+
+
+def check_header(data: bytes, uuid: bytes, record: SegmentRecord) -> None:
+    """CorruptionError or IncompatibleFormatError unless it is what `record` says."""
+
+    def damaged(offset: int, reason: str) -> CorruptionError:
+        return CorruptionError(record.name, offset, record.base_lsn, None, reason)
+
+    if len(data) < fmt.SEGMENT_HEADER.itemsize:
+        raise damaged(len(data), f"the file is only {len(data)} bytes long")
+    header: Any = np.frombuffer(data, fmt.SEGMENT_HEADER, 1)[0]
+    if bytes(header["magic"]) != fmt.SEGMENT_MAGIC:
+        raise damaged(0, "not a segment")
+    if int(header["version"]) != fmt.FORMAT_VERSION:
+        raise IncompatibleFormatError(f"{record.name}: format version {header['version']}")
+    if int(header["crc"]) != fmt.crc32c(data[: fmt.SEGMENT_HEADER.itemsize - 4]):
+        raise damaged(0, "the checksum of the header is wrong")
+    if data[: fmt.SEGMENT_HEADER.itemsize] != encode_header(uuid, record)[: fmt.SEGMENT_HEADER.itemsize]:
+        raise damaged(0, "the segment belongs to another journal or another place")
+
+
+def make_segment(
+    directory: Directory, uuid: bytes, record: SegmentRecord, contents: Iterable[tuple[int, Any]] = (), *,
+    sparse: bool = False,
+) -> None:  # fmt: skip
+    """Makes the file under its name, durable at return: header, zeros to the end, then `contents`
+    (offset, bytes). `sparse` leaves holes instead of zeros: for what no frame goes into any more.
+
+    Blocks; zeros are written and synced in steps, so that commits beside it wait for no more than one.
+    OSError: nothing exists under the name, or nothing that a superblock names.
+    """
+    temporary = record.name + ".tmp"
+    length = fmt.PAGE_BYTES + record.capacity
+    try:
+        storage = directory.create(temporary)
+        try:
+            storage.write_at(0, encode_header(uuid, record))
+            if sparse:
+                storage.truncate(length)
+            else:
+                for offset in range(fmt.PAGE_BYTES, length, ZERO_STEP_BYTES):
+                    step = min(ZERO_STEP_BYTES, length - offset)
+                    storage.write_at(offset, _ZEROS if step == ZERO_STEP_BYTES else bytes(step))
+                    if offset + step < length:
+                        storage.sync()
+            for offset, data in contents:
+                storage.write_at(offset, data)
+            storage.sync()
+        finally:
+            storage.close()
+        directory.rename(temporary, record.name)
+        directory.sync()
+    except BaseException:
+        for name in (temporary, record.name):
+            with contextlib.suppress(OSError):
+                directory.unlink(name)
+        raise
+
+
+class Segment:
+    """One segment file that the superblock names. Mapped at the first read; the mapping lives as
+    long as this object or any view of it."""
+
+    def __init__(self, directory: Directory, uuid: bytes, record: SegmentRecord) -> None:
+        self.record = record
+        self.salt = fmt.segment_salt(uuid, record.id)
+        self._directory = directory
+        self._uuid = uuid
+        self._storage: Storage | None = None
+        self._writer: Storage | None = None
+        self._io: Any = None
+        self._view: memoryview | None = None
+        self._pin: Any = None
+        self._guard = threading.Lock()
+
+    def _open(self, *, writable: bool = False, sync_method: SyncMethod = SyncMethod.FDATASYNC) -> Storage:
+        record = self.record
+        try:
+            storage = self._directory.open(record.name, writable=writable, sync_method=sync_method)
+        except FileNotFoundError as e:
+            raise CorruptionError(
+                record.name, 0, record.base_lsn, None, "the superblock names it, but it is not there"
+            ) from e
+        try:
+            length = len(storage)
+            if length < fmt.PAGE_BYTES + record.capacity:
+                raise CorruptionError(
+                    record.name, length, record.base_lsn, None, f"the file was cut to {length} bytes"
+                )
+            check_header(bytes(storage.read_at(0, fmt.SEGMENT_HEADER.itemsize)), self._uuid, record)
+        except BaseException:
+            storage.close()
+            raise
+        return storage
+
+    def check(self) -> None:
+        """CorruptionError unless the file is there, whole in size, and of this place."""
+        if self._view is None and self._writer is None:
+            self._open().close()
+
+    @property
+    def view(self) -> memoryview:
+        """The whole file, header page included, read-only."""
+        if self._view is None:
+            with self._guard:
+                if self._view is None:
+                    storage = self._writer or self._open()
+                    view = storage.view()
+                    if storage is not self._writer:
+                        storage.close()
+                    self._storage = storage
+                    self._pin = ffi.from_buffer(view)
+                    self._view = view
+        return self._view
+
+    @property
+    def is_mapped(self) -> bool:
+        return self._view is not None
+
+    @property
+    def frames(self) -> Any:
+        """Pointer to the first byte behind the header page; right as long as this object is."""
+        self.view  # noqa: B018  # maps it
+        return ffi.cast("const uint8_t *", self._pin) + fmt.PAGE_BYTES
+
+    def start_writing(self, sync_method: SyncMethod) -> Any:
+        """The C committer's table of functions for this file."""
+        self._writer = self._open(writable=True, sync_method=sync_method)
+        if isinstance(self._writer, MappedStorage):
+            self._io = self._writer.native_io()
+        else:
+            self._io = InjectedIO(self._writer)
+        return self._io if not isinstance(self._io, InjectedIO) else self._io.table
+
+    @property
+    def is_writing(self) -> bool:
+        return self._writer is not None
+
+    def stop_writing(self) -> None:
+        """Gives the descriptor back. The committer has left the segment, or is closed."""
+        with self._guard:
+            writer, self._writer, self._io = self._writer, None, None
+        if writer is not None:
+            writer.close()
+
+    def take_error(self) -> BaseException | None:
+        """What an injected storage raised into the committer."""
+        if not isinstance(self._io, InjectedIO):
+            return None
+        error, self._io.error = self._io.error, None
+        return error
+
+    def retire(self, held: HeldMappings) -> None:
+        """No superblock names it any more: note what views still hold of it."""
+        if self._storage is not None:
+            held.retire(self._storage, time.monotonic())
+
+
+class SegmentTable:
+    """The segments at one moment, immutable: a reader that holds it can follow any LSN that it had."""
+
+    def __init__(self, segments: Iterable[Segment]) -> None:
+        self.segments = tuple(sorted(segments, key=lambda s: s.record.base_lsn))
+        self.bases = [s.record.base_lsn for s in self.segments]
+        self.views: list[memoryview | None] = [s.view if s.is_mapped else None for s in self.segments]
+        self._refs = ffi.new("struct mw_segment_ref[]", max(1, len(self.segments)))
+        for ref, segment in zip(self._refs, self.segments, strict=False):
+            ref.base_lsn, ref.capacity = segment.record.base_lsn, segment.record.capacity
+            ref.salt = segment.salt
+            ref.frames = segment.frames if segment.is_mapped else ffi.NULL
+        self.native = ffi.new("struct mw_table *", {"refs": self._refs, "count": len(self.segments)})
+
+    def row(self, lsn: int) -> int:
+        """The row of the segment that has the LSN; -1 when none has."""
+        row = bisect_right(self.bases, lsn) - 1
+        if row >= 0 and lsn < self.segments[row].record.next_base_lsn:
+            return row
+        return -1
+
+    def map(self, row: int) -> memoryview:
+        """Maps the segment of that row where it is not."""
+        view = self.views[row]
+        if view is None:
+            segment = self.segments[row]
+            view = self.views[row] = segment.view
+            self._refs[row].frames = segment.frames
+        return view
+
+    @property
+    def mapped_count(self) -> int:
+        return sum(s.is_mapped for s in self.segments)
+
+
+class HeldMappings:
+    """What views keep alive after the journal let go of it: bytes, and since when."""
+
+    def __init__(self) -> None:
+        self._held: list[tuple[weakref.ref[Any], int, float]] = []
+        self._guard = threading.Lock()
+
+    def retire(self, storage: Storage, now: float) -> None:
+        mapping = getattr(storage, "_mapping", None)
+        if mapping is not None:
+            with self._guard:
+                self._held.append((weakref.ref(mapping.address), mapping.length, now))
+
+    def held(self) -> list[tuple[int, float]]:
+        with self._guard:
+            self._held = [h for h in self._held if h[0]() is not None]
+            return [(length, since) for _, length, since in self._held]
+
+
+class SegmentSet:
+    """Owns which Segment objects are in force. Changed under the structure lock, read at any time."""
+
+    def __init__(self, directory: Directory, uuid: bytes, records: Iterable[SegmentRecord]) -> None:
+        self._directory = directory
+        self._uuid = uuid
+        self.held = HeldMappings()
+        self.table = SegmentTable(Segment(directory, uuid, r) for r in records)
+
+    def by_id(self, segment_id: int) -> Segment | None:
+        return next((s for s in self.table.segments if s.record.id == segment_id), None)
+
+    def follow(self, records: Iterable[SegmentRecord]) -> list[Segment]:
+        """Takes over what a new superblock names; returns those that it no longer names."""
+        present = {s.record.name: s for s in self.table.segments}
+        kept = []
+        for record in records:
+            segment = present.pop(record.name, None)
+            if segment is None:
+                segment = Segment(self._directory, self._uuid, record)
+            segment.record = record
+            kept.append(segment)
+        self.table = SegmentTable(kept)
+        for segment in present.values():
+            segment.retire(self.held)
+        return list(present.values())
+
+    def bound_mappings(self) -> None:
+        """Lets go of the mappings of segments that are only read, when there are too many."""
+        if self.table.mapped_count <= MAPPINGS_MAX:
+            return
+        fresh = []
+        for segment in self.table.segments:
+            if segment.is_writing:
+                fresh.append(segment)
+            else:
+                segment.retire(self.held)
+                fresh.append(Segment(self._directory, self._uuid, segment.record))
+        self.table = SegmentTable(fresh)
+
+
+def scan_fields(**fields: Any) -> Any:
+    """A struct mw_scan with these fields, batch and link taken from `lsn` and `link`."""
+    scan = ffi.new("struct mw_scan *", fields)
+    scan.batch_lsn, scan.batch_link = scan.lsn, scan.link
+    if "limit_lsn" not in fields:
+        scan.limit_lsn = 2**64 - 1
+    return scan
+
+
+def native_scan(scan: Any, name: str, *, hunt: bool = False) -> None:
+    """Runs it; OSError when the disk fails under it."""
+    rc = lib.mw_hunt(scan) if hunt else lib.mw_scan(scan)
+    if rc < 0:
+        raise OSError(-rc, "reading the segment failed", name)

@@ -1,0 +1,557 @@
+"""The one seam to the outside world: all effects on files go through Storage and Directory.
+
+Three kinds: mapped files (the journal's own), plain files, memory. Anything else that keeps the two
+protocols works too: a recorder, a fault injector, a disk that tears writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+import threading
+from enum import Enum
+from pathlib import Path
+from typing import Any, Protocol, Self, runtime_checkable
+
+from typing_extensions import Buffer
+
+from mmapwal._native import ffi, lib
+from mmapwal.errors import LockedError
+
+__all__ = [
+    "Directory",
+    "FileStorage",
+    "MappedStorage",
+    "MemoryDirectory",
+    "MemoryStorage",
+    "Storage",
+    "SyncMethod",
+    "SystemDirectory",
+]
+
+
+class SyncMethod(Enum):
+    """How a commit becomes durable."""
+
+    AUTO = "auto"
+    DSYNC = "dsync"
+    FDATASYNC = "fdatasync"
+    MSYNC = "msync"
+
+
+@runtime_checkable
+class Storage(Protocol):
+    """The bytes of one file. Offsets and lengths in bytes; every failure is an OSError.
+
+    A write that fails may have written a part. `sync` covers all that was written through this
+    object; `write_sync_at` makes its own bytes durable and no others. One thread at a time may
+    write, sync, truncate or close; reading goes on beside it.
+    """
+
+    def read_at(self, offset: int, length: int) -> memoryview:
+        """A copy of the bytes; fewer where the file ends."""
+
+    def write_at(self, offset: int, data: Buffer) -> int:
+        """Writes all of `data`, growing the file where needed. How many bytes."""
+
+    def write_sync_at(self, offset: int, data: Buffer) -> int:
+        """The same, durable at return, for these bytes only."""
+
+    def append(self, data: Buffer) -> int:
+        """Writes at the end; the offset it was written at."""
+
+    def truncate(self, length: int) -> None:
+        """Cuts the file, or grows it with a hole. Not while a view is held."""
+
+    def sync(self) -> None:
+        """Makes durable all that was written through this object, and the size. Blocks."""
+
+    def view(self) -> memoryview:
+        """Read-only: the mapping, or what stands for it. Writes through this object are seen in it."""
+
+    def shared(self) -> memoryview:
+        """Writable: stores reach the file at the latest when it is synced."""
+
+    def close(self) -> None:
+        """Gives the descriptor back. Views stay right. Twice is fine."""
+
+    def __len__(self) -> int: ...
+
+
+@runtime_checkable
+class Directory(Protocol):
+    """The files of one journal. Names are plain file names; every failure is an OSError."""
+
+    concurrent: bool
+    """Whether background threads may work on it; if not, all happens on the caller's thread."""
+
+    def __str__(self) -> str: ...
+
+    def create(self, name: str) -> Storage:
+        """An empty file, open for writing; one of that name that was there is replaced."""
+
+    def open(
+        self, name: str, *, writable: bool = False, sync_method: SyncMethod = SyncMethod.FDATASYNC
+    ) -> Storage:
+        """FileNotFoundError when there is none."""
+
+    def names(self) -> list[str]:
+        """What is there, sorted."""
+
+    def rename(self, old: str, new: str) -> None:
+        """Atomic; replaces `new`. Not durable before sync()."""
+
+    def unlink(self, name: str) -> None: ...
+
+    def sync(self) -> None:
+        """Makes creations, renames and unlinks durable. Blocks."""
+
+    def sync_parent(self) -> None:
+        """Makes the directory's own name durable. Blocks."""
+
+    def subdirectory(self, name: str) -> Directory:
+        """The directory of that name, made if missing; its name is durable after sync()."""
+
+    def lock(self, name: str) -> None:
+        """Takes the writer's lock until close(); LockedError when another has it."""
+
+    def best_sync_method(self) -> SyncMethod:
+        """What SyncMethod.AUTO stands for here."""
+
+    def free_bytes(self) -> int | None:
+        """Space left for this user, or None where that has no meaning."""
+
+    def after_fork(self) -> None:
+        """In a forked child: lets go of the lock's descriptor without unlocking."""
+
+    def close(self) -> None: ...
+
+
+def _check(result: int, name: str) -> int:
+    if result < 0:
+        raise OSError(-result, os.strerror(-result), name)
+    return result
+
+
+def _plain(data: Buffer) -> Any:
+    return data if type(data) is bytes else ffi.from_buffer(data)
+
+
+def _length(data: Buffer) -> int:
+    return len(data) if type(data) is bytes else memoryview(data).nbytes
+
+
+# --- files of the system --------------------------------------------------------------------------
+
+
+class Mapping:
+    """One mmap. It is unmapped when neither this object nor any view of it is left."""
+
+    def __init__(self, fd: int, length: int, *, writable: bool, name: str) -> None:
+        address = ffi.new("void **")
+        _check(lib.mw_map(fd, length, writable, address), name)
+        self.address = ffi.gc(address[0], lambda at: lib.mw_unmap(at, length))
+        self.length = length
+        whole = memoryview(ffi.buffer(self.address, length))
+        self.view = whole if writable else whole.toreadonly()
+
+
+class _SystemFile:
+    """What the two storages on real files share: one descriptor, and the C helper's calls on it."""
+
+    def __init__(self, fd: int, name: str, sync_method: SyncMethod) -> None:
+        method = {SyncMethod.DSYNC: lib.MW_DSYNC, SyncMethod.MSYNC: lib.MW_MSYNC}
+        self._name = name
+        self._file = ffi.new("struct mw_file *")
+        self._file.fd = fd
+        self._file.dsync_fd = -1
+        self._file.method = method.get(sync_method, lib.MW_FDATASYNC)
+        self._io: Any = None
+        self._shared: Mapping | None = None
+
+    def __len__(self) -> int:
+        return os.fstat(self._file.fd).st_size
+
+    def read_at(self, offset: int, length: int) -> memoryview:
+        data = bytearray(max(0, min(length, len(self) - offset)))
+        if data:
+            done = lib.mw_file_read(self._file, offset, ffi.from_buffer(data), len(data))
+            del data[_check(done, self._name) :]
+        return memoryview(data).toreadonly()
+
+    def write_at(self, offset: int, data: Buffer) -> int:
+        length = _length(data)
+        _check(lib.mw_file_write(self._file, offset, _plain(data), length), self._name)
+        return length
+
+    def write_sync_at(self, offset: int, data: Buffer) -> int:
+        length = _length(data)
+        _check(lib.mw_file_write_sync(self._file, offset, _plain(data), length), self._name)
+        return length
+
+    def append(self, data: Buffer) -> int:
+        offset = len(self)
+        self.write_at(offset, data)
+        return offset
+
+    def truncate(self, length: int) -> None:
+        os.ftruncate(self._file.fd, length)
+
+    def sync(self) -> None:
+        if self._shared is not None:
+            _check(lib.mw_map_sync(self._shared.address, self._shared.length), self._name)
+        _check(lib.mw_file_sync(self._file), self._name)
+
+    def shared(self) -> memoryview:
+        if self._shared is None:
+            self._shared = Mapping(self._file.fd, len(self), writable=True, name=self._name)
+        return self._shared.view
+
+    def close(self) -> None:
+        for field in ("fd", "dsync_fd"):
+            fd = getattr(self._file, field)
+            setattr(self._file, field, -1)
+            if fd >= 0:
+                os.close(fd)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):
+            self.close()
+
+
+class MappedStorage(_SystemFile):
+    """pwrite and a read-only mapping: the journal's own."""
+
+    def __init__(self, fd: int, name: str, sync_method: SyncMethod, *, path: Path | None = None) -> None:
+        super().__init__(fd, name, sync_method)
+        self._mapping: Mapping | None = None
+        if sync_method is SyncMethod.MSYNC:
+            self.shared()
+        elif sync_method is SyncMethod.DSYNC and path is not None and not _has_rwf_dsync(fd):
+            self._file.dsync_fd = _check(
+                lib.mw_open(-100, os.fsencode(path), os.O_WRONLY | os.O_DSYNC, 0), name
+            )
+
+    def view(self) -> memoryview:
+        if self._mapping is None:
+            self._mapping = Mapping(self._file.fd, len(self), writable=False, name=self._name)
+        return self._mapping.view
+
+    def shared(self) -> memoryview:
+        view = super().shared()
+        if self._shared is not None and self._file.method == lib.MW_MSYNC:
+            self._file.map = self._shared.address
+            self._file.bytes = self._shared.length
+        return view
+
+    def native_io(self) -> Any:
+        """The table through which the committer writes without going back to Python."""
+        if self._io is None:
+            self._io = ffi.new("struct mw_io *")
+            self._io.write = ffi.addressof(lib, "mw_file_write")
+            self._io.write_sync = ffi.addressof(lib, "mw_file_write_sync")
+            self._io.sync = ffi.addressof(lib, "mw_file_sync")
+            self._io.ctx = self._file
+        return self._io
+
+
+def _has_rwf_dsync(fd: int) -> bool:
+    """Whether pwritev2 takes RWF_DSYNC here; writing nothing asks without doing anything."""
+    return int(lib.mw_has_rwf_dsync(fd)) == 1
+
+
+class FileStorage(_SystemFile):
+    """pread and pwrite, no mapping: view() is an image in memory that writes through this keep right."""
+
+    def __init__(self, fd: int, name: str, sync_method: SyncMethod, *, path: Path | None = None) -> None:
+        super().__init__(fd, name, SyncMethod.FDATASYNC if sync_method is SyncMethod.MSYNC else sync_method)
+        self._image: bytearray | None = None
+        self._image_is_shared = False
+
+    def _load(self) -> bytearray:
+        if self._image is None:
+            self._image = bytearray(self.read_at(0, len(self)))
+        return self._image
+
+    def _remember(self, offset: int, data: Buffer) -> None:
+        if self._image is not None:
+            plain = memoryview(data).cast("B")
+            self._image[offset : offset + len(plain)] = plain
+
+    def write_at(self, offset: int, data: Buffer) -> int:
+        done = super().write_at(offset, data)
+        self._remember(offset, data)
+        return done
+
+    def write_sync_at(self, offset: int, data: Buffer) -> int:
+        done = super().write_sync_at(offset, data)
+        self._remember(offset, data)
+        return done
+
+    def view(self) -> memoryview:
+        return memoryview(self._load()).toreadonly()
+
+    def shared(self) -> memoryview:
+        self._image_is_shared = True
+        return memoryview(self._load())
+
+    def sync(self) -> None:
+        if self._image_is_shared and self._image is not None:
+            super().write_at(0, bytes(self._image))
+        super().sync()
+
+
+_locked: dict[tuple[int, int], int] = {}
+_locked_guard = threading.Lock()
+
+
+class SystemDirectory:
+    """A directory of the file system, held by a descriptor, so that a change of the working
+    directory or a rename of a parent does not matter. Made with mode 0700 if missing and `create`.
+    """
+
+    concurrent = True
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        create: bool = True,
+        storage: type[MappedStorage] | type[FileStorage] = MappedStorage,
+    ) -> None:
+        self.path = Path(path).absolute()
+        self._storage = storage
+        self._fd = -1
+        self._lock_fd = -1
+        self._lock_key: tuple[int, int] | None = None
+        if create:
+            self.path.mkdir(mode=0o700, exist_ok=True)
+        self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _open(self, name: str, flags: int, method: SyncMethod) -> Storage:
+        fd = _check(lib.mw_open(self._fd, os.fsencode(name), flags, 0o600), str(self.path / name))
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise OSError(errno.EINVAL, "not a regular file", str(self.path / name))
+        return self._storage(fd, str(self.path / name), method, path=self.path / name)
+
+    def create(self, name: str) -> Storage:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=self._fd)
+        storage = self._open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, SyncMethod.FDATASYNC)
+        lib.mw_set_nocow(storage._file.fd)  # type: ignore[attr-defined]  # refused where it means nothing
+        return storage
+
+    def open(
+        self, name: str, *, writable: bool = False, sync_method: SyncMethod = SyncMethod.FDATASYNC
+    ) -> Storage:
+        if writable:
+            return self._open(name, os.O_RDWR, sync_method)
+        return self._open(name, os.O_RDONLY, SyncMethod.FDATASYNC)
+
+    def names(self) -> list[str]:
+        return sorted(os.listdir(self._fd))  # noqa: PTH208  # of the descriptor, not the path
+
+    def rename(self, old: str, new: str) -> None:
+        os.rename(old, new, src_dir_fd=self._fd, dst_dir_fd=self._fd)
+
+    def unlink(self, name: str) -> None:
+        os.unlink(name, dir_fd=self._fd)
+
+    def sync(self) -> None:
+        _check(lib.mw_fd_sync(self._fd), str(self.path))
+
+    def sync_parent(self) -> None:
+        fd = os.open("..", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._fd)
+        try:
+            _check(lib.mw_fd_sync(fd), str(self.path.parent))
+        finally:
+            os.close(fd)
+
+    def subdirectory(self, name: str) -> SystemDirectory:
+        return SystemDirectory(self.path / name, storage=self._storage)
+
+    def lock(self, name: str) -> None:
+        """flock on the file, and a list of what this process has, for file systems that mimic flock
+        by locks that a process does not have against itself."""
+        fd = _check(
+            lib.mw_open(self._fd, os.fsencode(name), os.O_RDWR | os.O_CREAT, 0o600), str(self.path / name)
+        )
+        info = os.fstat(fd)
+        key = (info.st_dev, info.st_ino)
+        try:
+            with _locked_guard:
+                if _locked.get(key) == os.getpid():
+                    raise LockedError(f"{self.path}: this process has it open already")
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as e:
+                    raise LockedError(f"{self.path}: another process has it open") from e
+                _locked[key] = os.getpid()
+        except BaseException:
+            os.close(fd)
+            raise
+        self._lock_fd, self._lock_key = fd, key
+
+    def best_sync_method(self) -> SyncMethod:
+        """RWF_DSYNC where a write into written space changes no metadata; elsewhere write and sync
+        apart, so that a full disk is told from a failed sync."""
+        ext, xfs = 0xEF53, 0x58465342
+        return SyncMethod.DSYNC if lib.mw_fs_type(self._fd) in {ext, xfs} else SyncMethod.FDATASYNC
+
+    def free_bytes(self) -> int | None:
+        info = os.fstatvfs(self._fd)
+        return info.f_bavail * info.f_frsize
+
+    def after_fork(self) -> None:
+        """Closing a copy of the descriptor leaves the parent's flock where it is."""
+        fd, self._lock_fd = self._lock_fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def close(self) -> None:
+        if self._lock_key is not None:
+            with _locked_guard:
+                if _locked.get(self._lock_key) == os.getpid():
+                    del _locked[self._lock_key]
+            self._lock_key = None
+        for fd in (self._lock_fd, self._fd):
+            if fd >= 0:
+                os.close(fd)
+        self._lock_fd = self._fd = -1
+
+    def __del__(self) -> None:
+        if hasattr(self, "_lock_fd"):
+            self.close()
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+class MemoryStorage:
+    """A file in memory, for tests and simulators. A sync does nothing."""
+
+    def __init__(self, data: Buffer = b"") -> None:
+        self._data = bytearray(data)
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def _resize(self, length: int) -> None:
+        if length == len(self._data):
+            return
+        kept = bytearray(length)  # a new one: views of the old keep it
+        kept[: len(self._data)] = self._data[:length]
+        self._data = kept
+
+    def read_at(self, offset: int, length: int) -> memoryview:
+        return memoryview(bytes(self._data[offset : offset + length]))
+
+    def write_at(self, offset: int, data: Buffer) -> int:
+        plain = memoryview(data).cast("B")
+        if offset + len(plain) > len(self._data):
+            self._resize(offset + len(plain))
+        self._data[offset : offset + len(plain)] = plain
+        return len(plain)
+
+    def write_sync_at(self, offset: int, data: Buffer) -> int:
+        return self.write_at(offset, data)
+
+    def append(self, data: Buffer) -> int:
+        offset = len(self._data)
+        self.write_at(offset, data)
+        return offset
+
+    def truncate(self, length: int) -> None:
+        self._resize(length)
+
+    def sync(self) -> None:
+        pass
+
+    def view(self) -> memoryview:
+        return memoryview(self._data).toreadonly()
+
+    def shared(self) -> memoryview:
+        return memoryview(self._data)
+
+    def close(self) -> None:
+        pass
+
+
+class MemoryDirectory:
+    """Files in memory. The object outlives the journals that are opened on it, one after another."""
+
+    concurrent = False
+
+    def __init__(self, name: str = "memory") -> None:
+        self._name = name
+        self._files: dict[str, Storage] = {}
+        self._subdirectories: dict[str, MemoryDirectory] = {}
+        self._locked = False
+
+    def __str__(self) -> str:
+        return f"<{self._name}>"
+
+    def create(self, name: str) -> Storage:
+        self._files[name] = MemoryStorage()
+        return self._files[name]
+
+    def open(
+        self, name: str, *, writable: bool = False, sync_method: SyncMethod = SyncMethod.FDATASYNC
+    ) -> Storage:
+        if name not in self._files:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+        return self._files[name]
+
+    def names(self) -> list[str]:
+        return sorted([*self._files, *self._subdirectories])
+
+    def rename(self, old: str, new: str) -> None:
+        if old not in self._files:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), old)
+        self._files[new] = self._files.pop(old)
+
+    def unlink(self, name: str) -> None:
+        if name not in self._files:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+        del self._files[name]
+
+    def sync(self) -> None:
+        pass
+
+    def sync_parent(self) -> None:
+        pass
+
+    def subdirectory(self, name: str) -> Directory:
+        if name not in self._subdirectories:
+            self._subdirectories[name] = MemoryDirectory(f"{self._name}/{name}")
+        return self._subdirectories[name]
+
+    def lock(self, name: str) -> None:
+        if self._locked:
+            raise LockedError(f"{self}: it is open already")
+        self._locked = True
+
+    def best_sync_method(self) -> SyncMethod:
+        return SyncMethod.DSYNC
+
+    def free_bytes(self) -> int | None:
+        return None
+
+    def after_fork(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self._locked = False

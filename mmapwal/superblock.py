@@ -1,0 +1,249 @@
+"""The record that says what exists. Every change of structure commits by replacing it.
+
+A replacement is written to a spare file, synced, renamed over the old one, and the directory synced:
+before the rename nothing has happened, after it all of it. A file that was renamed is never torn, so
+one that does not verify is rot, and is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from mmapwal import format as fmt
+from mmapwal.errors import CorruptionError, IncompatibleFormatError, PoisonedError
+from mmapwal.storage import Directory, Storage
+
+__all__ = ["Removal", "Seal", "SegmentRecord", "Superblock", "SuperblockFile", "read_superblock"]
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentRecord:
+    """One segment that exists. `end_lsn` is behind its END frame, once a sync has covered that; else 0."""
+
+    id: int
+    base_lsn: int
+    capacity: int
+    generation: int = 0
+    end_lsn: int = 0
+
+    @property
+    def name(self) -> str:
+        return fmt.segment_name(self.id, self.generation)
+
+    @property
+    def next_base_lsn(self) -> int:
+        return self.base_lsn + self.capacity
+
+
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """Ops first .. last are gone where their frames lie below the LSN."""
+
+    first: int
+    last: int
+    below_lsn: int
+
+
+@dataclass(frozen=True, slots=True)
+class Seal:
+    """What a clean close leaves: where the journal ends, and that the index may be believed."""
+
+    lsn: int
+    link: int
+    index_crc: int
+
+
+@dataclass(frozen=True, slots=True)
+class Superblock:
+    """All the facts, immutable: a change is a new one."""
+
+    uuid: bytes
+    slot_count: int
+    segment_bytes: int
+    align_bytes: int
+    sequence: int = 1
+    watermark: int = 0
+    next_segment_id: int = 1
+    epoch: int = 1
+    epoch_start_lsn: int = fmt.FIRST_LSN
+    seal: Seal | None = None
+    pairing: tuple[int, int] | None = None
+    segments: tuple[SegmentRecord, ...] = ()
+    removals: tuple[Removal, ...] = ()
+    user_data: bytes = b""
+
+    @property
+    def next_base_lsn(self) -> int:
+        """Where the next segment starts."""
+        return self.segments[-1].next_base_lsn if self.segments else max(self.epoch_start_lsn, fmt.FIRST_LSN)
+
+    def with_epoch(self, start_lsn: int) -> Superblock:
+        """The next epoch, from `start_lsn` on; it breaks the seal."""
+        return replace(self, epoch=self.epoch + 1, epoch_start_lsn=start_lsn, seal=None)
+
+    def encode(self) -> bytes:
+        head: Any = np.zeros((), fmt.SUPERBLOCK_HEAD)
+        head["magic"] = fmt.SUPERBLOCK_MAGIC
+        head["version"] = fmt.FORMAT_VERSION
+        head["uuid"] = np.void(self.uuid)
+        for name in (
+            "sequence", "slot_count", "segment_bytes", "align_bytes", "watermark", "next_segment_id",
+            "epoch", "epoch_start_lsn",
+        ):  # fmt: skip
+            head[name] = getattr(self, name)
+        if self.seal is not None:
+            head["flags"] |= fmt.SUPERBLOCK_SEALED
+            head["seal_lsn"], head["seal_link"] = self.seal.lsn, self.seal.link
+            head["index_crc"] = self.seal.index_crc
+        if self.pairing is not None:
+            head["flags"] |= fmt.SUPERBLOCK_PAIRED
+            head["snapshot_op"], head["snapshot_crc"] = self.pairing
+        head["segment_count"], head["removal_count"] = len(self.segments), len(self.removals)
+        head["user_bytes"] = len(self.user_data)
+        head["user"] = np.void(self.user_data.ljust(fmt.USER_DATA_BYTES_MAX, b"\0"))
+        segments = np.array(
+            [(s.id, s.base_lsn, s.capacity, s.end_lsn, s.generation, 0) for s in self.segments],
+            fmt.SUPERBLOCK_SEGMENT,
+        )
+        removals = np.array([(r.first, r.last, r.below_lsn) for r in self.removals], fmt.SUPERBLOCK_REMOVAL)
+        head["bytes"] = head.nbytes + segments.nbytes + removals.nbytes + 4
+        body: bytes = head.tobytes() + segments.tobytes() + removals.tobytes()
+        return body + struct.pack("<I", fmt.crc32c(body))
+
+    @classmethod
+    def decode(cls, data: bytes) -> Superblock:
+        """ValueError says what is wrong; IncompatibleFormatError for another version."""
+        if len(data) < fmt.SUPERBLOCK_HEAD.itemsize + 4:
+            raise ValueError(f"only {len(data)} bytes long")
+        head: Any = np.frombuffer(data, fmt.SUPERBLOCK_HEAD, 1)[0]
+        if bytes(head["magic"]) != fmt.SUPERBLOCK_MAGIC:
+            raise ValueError("not a superblock")
+        if int(head["version"]) != fmt.FORMAT_VERSION:
+            raise IncompatibleFormatError(
+                f"format version {head['version']}; this mmapwal reads version {fmt.FORMAT_VERSION}"
+            )
+        segment_count, removal_count = int(head["segment_count"]), int(head["removal_count"])
+        at = fmt.SUPERBLOCK_HEAD.itemsize
+        removals_at = at + segment_count * fmt.SUPERBLOCK_SEGMENT.itemsize
+        end = removals_at + removal_count * fmt.SUPERBLOCK_REMOVAL.itemsize
+        if int(head["bytes"]) != end + 4 or end + 4 > len(data):
+            raise ValueError("its length does not fit its contents")
+        if struct.unpack_from("<I", data, end)[0] != fmt.crc32c(data[:end]):
+            raise ValueError("its checksum is wrong")
+        flags = int(head["flags"])
+        segments = np.frombuffer(data, fmt.SUPERBLOCK_SEGMENT, segment_count, at)
+        removals = np.frombuffer(data, fmt.SUPERBLOCK_REMOVAL, removal_count, removals_at)
+        return cls(
+            uuid=bytes(head["uuid"]),
+            slot_count=int(head["slot_count"]),
+            segment_bytes=int(head["segment_bytes"]),
+            align_bytes=int(head["align_bytes"]),
+            sequence=int(head["sequence"]),
+            watermark=int(head["watermark"]),
+            next_segment_id=int(head["next_segment_id"]),
+            epoch=int(head["epoch"]),
+            epoch_start_lsn=int(head["epoch_start_lsn"]),
+            seal=Seal(int(head["seal_lsn"]), int(head["seal_link"]), int(head["index_crc"]))
+            if flags & fmt.SUPERBLOCK_SEALED
+            else None,
+            pairing=(int(head["snapshot_op"]), int(head["snapshot_crc"]))
+            if flags & fmt.SUPERBLOCK_PAIRED
+            else None,
+            segments=tuple(
+                SegmentRecord(id, base, capacity, generation, end)
+                for id, base, capacity, end, generation, _ in segments.tolist()
+            ),
+            removals=tuple(Removal(*row) for row in removals.tolist()),
+            user_data=bytes(head["user"])[: int(head["user_bytes"])],
+        )
+
+
+def read_superblock(directory: Directory) -> Superblock | None:
+    """Empty (None), present, or unreadable: CorruptionError, IncompatibleFormatError, OSError."""
+    try:
+        storage = directory.open(fmt.SUPERBLOCK_NAME)
+    except FileNotFoundError:
+        return None
+    try:
+        if len(storage) > fmt.SUPERBLOCK_BYTES_MAX:
+            raise CorruptionError(fmt.SUPERBLOCK_NAME, 0, 0, None, f"{len(storage)} bytes long")
+        data = bytes(storage.read_at(0, len(storage)))
+    finally:
+        storage.close()
+    try:
+        return Superblock.decode(data)
+    except ValueError as e:
+        raise CorruptionError(fmt.SUPERBLOCK_NAME, 0, 0, None, str(e)) from e
+    except IncompatibleFormatError as e:
+        raise IncompatibleFormatError(f"{directory}: {e}") from None
+
+
+class SuperblockFile:
+    """Owns the facts that are in force. Callers hold the engine's structure lock."""
+
+    def __init__(self, directory: Directory, current: Superblock) -> None:
+        self._directory = directory
+        self._spare: Storage | None = None
+        self.current = current
+
+    def commit(self, new: Superblock) -> None:
+        """Makes `new`, with the next sequence, the one in force; durable at return. Blocks.
+
+        OSError: nothing has happened. PoisonedError: it may be in force or not. The same holds for
+        any exception, KeyboardInterrupt too.
+        """
+        new = replace(new, sequence=self.current.sequence + 1)
+        self._write_spare(new)
+        stage = "the superblock's rename"
+        try:
+            self._directory.rename(fmt.SUPERBLOCK_SPARE_NAME, fmt.SUPERBLOCK_NAME)
+            stage = "the superblock's directory sync"
+            self._directory.sync()
+            self.current = new
+        except BaseException as e:
+            raise PoisonedError(stage) from e
+        self._allocate_spare()
+
+    def _write_spare(self, new: Superblock) -> None:
+        data = new.encode()
+        spare, self._spare = self._spare, None
+        try:
+            if spare is None or len(spare) < len(data):
+                if spare is not None:
+                    spare.close()
+                spare = self._directory.create(fmt.SUPERBLOCK_SPARE_NAME)
+            spare.write_at(0, data)
+            spare.sync()
+        except BaseException:
+            # A sync that failed is not repeated on the same file: the next one is new.
+            with contextlib.suppress(OSError):
+                self._directory.unlink(fmt.SUPERBLOCK_SPARE_NAME)
+            raise
+        finally:
+            if spare is not None:
+                spare.close()
+
+    def _allocate_spare(self) -> None:
+        """Blocks for the next one, so that space can be given back on a full disk. Best effort."""
+        room = len(self.current.encode()) + fmt.PAGE_BYTES
+        room += -room % fmt.PAGE_BYTES
+        try:
+            spare = self._directory.create(fmt.SUPERBLOCK_SPARE_NAME)
+        except OSError:
+            return
+        try:
+            spare.write_at(0, bytes(room))
+        except OSError:
+            spare.close()
+        else:
+            self._spare = spare
+
+    def close(self) -> None:
+        if self._spare is not None:
+            self._spare.close()
+            self._spare = None

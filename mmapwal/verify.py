@@ -1,0 +1,185 @@
+"""Checking a journal without changing it: every frame of every segment, and the index against them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from mmapwal import format as fmt
+from mmapwal._native import ffi, lib
+from mmapwal.engine import Engine
+from mmapwal.errors import CorruptionError, JournalError
+from mmapwal.index import SlotIndex, rebuilt_slots
+from mmapwal.recovery import REFUSED, STOP_REASONS, Scanned, decide, refuse, removal_rows, scan_journal
+from mmapwal.segment import Segment, SegmentTable, native_scan, scan_fields
+from mmapwal.storage import Directory, SystemDirectory
+from mmapwal.superblock import Superblock, read_superblock
+
+__all__ = ["Problem", "VerifyReport", "inspect", "verify_open"]
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong, and where: file, byte in it, LSN, op where it is known."""
+
+    segment: str
+    offset: int
+    lsn: int
+    op: int | None
+    reason: str
+
+    def __str__(self) -> str:
+        op = f", op {self.op}" if self.op is not None else ""
+        return f"{self.segment} at byte {self.offset} (LSN {self.lsn}{op}): {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What was checked, and what is wrong."""
+
+    frames: int
+    entries: int
+    scanned_bytes: int
+    problems: tuple[Problem, ...]
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+
+def _problem(e: CorruptionError) -> Problem:
+    return Problem(e.segment, e.offset, e.lsn, e.op, e.reason)
+
+
+def inspect(path: str | os.PathLike[str] | Directory, progress: Progress | None = None) -> VerifyReport:
+    """Checks the journal in a directory, also one that refuses to open. Takes no lock, writes nothing,
+    blocks while it reads everything.
+
+    Beside a live writer it may report what is only under way. FileNotFoundError when no journal is
+    there; IncompatibleFormatError for another format version; OSError when the disk fails.
+    """
+    own = SystemDirectory(path, create=False) if isinstance(path, str | os.PathLike) else None
+    directory: Any = own or path
+    try:
+        try:
+            superblock = read_superblock(directory)
+        except CorruptionError as e:
+            return VerifyReport(0, 0, 0, (_problem(e),))
+        if superblock is None:
+            if any(fmt.is_ours(n) for n in directory.names()):
+                gone = Problem(fmt.SUPERBLOCK_NAME, 0, 0, None, "it is gone, but segments are there")
+                return VerifyReport(0, 0, 0, (gone,))
+            raise FileNotFoundError(2, "no journal here", str(directory))
+        return _inspect(directory, superblock, progress)
+    finally:
+        if own is not None:
+            own.close()
+
+
+def _inspect(directory: Directory, superblock: Superblock, progress: Progress | None) -> VerifyReport:
+    problems: list[Problem] = []
+    sound: list[Segment] = []
+    for record in superblock.segments:
+        segment = Segment(directory, superblock.uuid, record)
+        try:
+            segment.check()
+            sound.append(segment)
+        except CorruptionError as e:
+            problems.append(_problem(e))
+        except JournalError as e:
+            problems.append(Problem(record.name, 0, record.base_lsn, None, str(e)))
+    table = SegmentTable(sound)
+    index = SlotIndex.open(directory, superblock.uuid, superblock.slot_count)
+    try:
+        durable = index.progress()[1] if index is not None else 0
+        found = scan_journal(table, superblock, durable, progress)
+        row = decide(found.finding)
+        if row in REFUSED and not problems:
+            problems.append(_problem(refuse(row, found, table)))
+        problems += _later_problems(table, superblock, found)
+        seal = superblock.seal
+        if seal is not None and not problems and index is not None and index.crc() == seal.index_crc:
+            problems += _index_problems(index, found.slots, seal.lsn)
+    finally:
+        if index is not None:
+            index.close()
+    return VerifyReport(found.frames, found.entries, found.scanned_bytes, tuple(problems))
+
+
+def _later_problems(table: SegmentTable, superblock: Superblock, found: Scanned) -> list[Problem]:
+    """The scan ends at the first bad frame; the sealed segments behind it are checked by themselves."""
+    problems = []
+    for segment in table.segments:
+        record = segment.record
+        if record.base_lsn <= found.stop_lsn or not record.end_lsn:
+            continue
+        scan = scan_segment(segment, superblock, limit_lsn=record.end_lsn)
+        if scan.lsn < record.end_lsn:
+            problems.append(_stop_problem(segment, scan))
+    return problems
+
+
+def _stop_problem(segment: Segment, scan: Any) -> Problem:
+    offset = fmt.PAGE_BYTES + int(scan.lsn) - segment.record.base_lsn
+    reason = STOP_REASONS.get(int(scan.stop), "the segment ends here")
+    return Problem(segment.record.name, offset, int(scan.lsn), int(scan.op) or None, reason)
+
+
+def scan_segment(segment: Segment, superblock: Superblock, *, limit_lsn: int, slots: Any = None) -> Any:
+    """Checks one segment by itself, up to a limit; fills `slots` when given."""
+    record = segment.record
+    rows = removal_rows(superblock)
+    scan = scan_fields(
+        frames=segment.frames, base_lsn=record.base_lsn, capacity=record.capacity, limit_lsn=limit_lsn,
+        epoch=superblock.epoch, epoch_start_lsn=superblock.epoch_start_lsn, salt=segment.salt,
+        link=segment.salt, lsn=record.base_lsn, watermark=superblock.watermark, removals=rows,
+        removal_count=len(superblock.removals), slot_count=superblock.slot_count,
+        slots=ffi.NULL if slots is None else ffi.cast("struct mw_slot *", ffi.from_buffer(slots)),
+    )  # fmt: skip
+    native_scan(scan, record.name)
+    return scan
+
+
+def _index_problems(index: SlotIndex, slots: Any, below_lsn: int) -> list[Problem]:
+    """Slots that name another frame than the newest live one."""
+    present = index.copy()
+    wrong = (present["lsn"] != slots["lsn"]) & (present["lsn"] < below_lsn)
+    return [
+        Problem(
+            fmt.INDEX_NAME, fmt.PAGE_BYTES + int(i) * fmt.SLOT_BYTES, int(present["lsn"][i]), None,
+            f"the slot should name LSN {slots['lsn'][i]}",
+        )
+        for i in wrong.nonzero()[0][:100]
+    ]  # fmt: skip
+
+
+def verify_open(engine: Engine, progress: Progress | None = None) -> VerifyReport:
+    """Checks the durable part of an open journal, while it goes on; the index too when nothing was
+    removed meanwhile. OSError when the disk fails."""
+    with engine.structure:  # one moment: no removal between the three
+        superblock, state, table = engine.superblock, engine.state(), engine.segments.table
+    slots = rebuilt_slots(superblock.slot_count)
+    frames = entries = scanned = done = 0
+    problems: list[Problem] = []
+    total = sum(s.record.capacity for s in table.segments)
+    for segment in table.segments:
+        if segment.record.base_lsn >= state.durable_lsn:
+            continue
+        scan = scan_segment(segment, superblock, limit_lsn=int(state.durable_lsn), slots=slots)
+        frames += int(scan.frame_count)
+        entries += int(scan.entry_count)
+        scanned += int(scan.lsn) - segment.record.base_lsn
+        if scan.stop not in {lib.MW_STOP_LIMIT, lib.MW_STOP_END}:
+            problems.append(_stop_problem(segment, scan))
+        done += segment.record.capacity
+        if progress is not None:
+            progress(done, total)
+    if not problems:
+        wrong = _index_problems(engine.index, slots, int(state.durable_lsn))
+        if engine.superblock.sequence == superblock.sequence:
+            problems += wrong
+    return VerifyReport(frames, entries, scanned, tuple(problems))

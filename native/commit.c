@@ -1,0 +1,282 @@
+/* Group commit: whoever finds nobody leading takes all that is staged, stamps it, writes it, syncs it,
+ * publishes it and wakes those who wait for it. The mutex is free during the I/O. */
+#include <errno.h>
+#include <string.h>
+
+#include "writer.h"
+
+/* After one of these a write did nothing that matters: a later one in a new epoch takes its place. */
+static bool is_clean(int error) {
+    return error == -ENOSPC || error == -EDQUOT || error == -EFBIG || error == -ENOMEM;
+}
+
+struct publish {
+    struct mw_writer *w;
+    const uint8_t *from, *to;
+};
+
+static int publish_slots(void *arg) {
+    struct publish *p = arg;
+    struct mw_writer *w = p->w;
+    for (const uint8_t *at = p->from; at < p->to;) {
+        struct mw_frame f;
+        memcpy(&f, at, sizeof f);
+        at += mw_frame_bytes(f.length);
+        if (f.type != MW_ENTRY) continue;
+        uint64_t number = f.op % w->config.slot_count;
+        struct mw_slot *slot = &w->config.slots[number];
+        if (slot->lsn == 0) w->live++;
+        mw_slot_store(slot, &f);
+        w->pending[number / 8] &= (uint8_t)~(1u << number % 8);
+        if (f.op > w->last_op) w->last_op = f.op;
+        if (w->first_op == 0 || f.op < w->first_op) w->first_op = f.op;
+        w->entries++;
+    }
+    return 0;
+}
+
+int publish_group(struct mw_writer *w, const uint8_t *from, const uint8_t *to) {
+    struct publish p = {w, from, to};
+    return mw_guarded_unarmed(publish_slots, &p);
+}
+
+static int store_progress(void *arg) {
+    struct mw_writer *w = arg;
+    mw_progress_store(w->config.page, w->written_lsn, w->durable_lsn, w->watermark);
+    return 0;
+}
+
+int publish_progress(struct mw_writer *w) { return mw_guarded_unarmed(store_progress, w); }
+
+static void stamp(struct mw_writer *w, struct group *g, const struct part *p) {
+    const struct mw_target *t = target_at(w, p->target);
+    uint32_t link = p->lsn == t->base_lsn ? t->salt : w->link;
+    for (uint64_t at = p->from; at < p->to;) {
+        struct mw_frame *f = (struct mw_frame *)(void *)(g->buffer + at);
+        f->epoch = w->epoch;
+        f->durable_lsn = w->durable_lsn;
+        f->link = link;
+        f->header_crc = mw_frame_crc(f, t->salt);
+        link = f->header_crc;
+        at += mw_frame_bytes(f->length);
+    }
+    w->link = link; /* the leader's own until the part is written; a failure puts it back */
+}
+
+static void finish(struct group *g, uint64_t end_lsn, int result) {
+    struct waiter **at = &g->waiters;
+    bool any = false;
+    while (*at != NULL) {
+        struct waiter *me = *at;
+        if (me->end_lsn <= end_lsn) {
+            *at = me->next;
+            me->result = result;
+            me->done = any = true;
+        } else {
+            at = &me->next;
+        }
+    }
+    if (any) pthread_cond_broadcast(&g->changed);
+}
+
+void poison(struct mw_writer *w, int stage, int error) {
+    if (w->poison_stage == MW_STAGE_NONE) {
+        w->poison_stage = stage;
+        w->poison_errno = -error;
+    }
+    for (int i = 0; i < 2; i++) finish(&w->groups[i], UINT64_MAX, MW_E_POISONED);
+    pthread_cond_broadcast(&w->wanted);
+    pthread_cond_broadcast(&w->idle);
+}
+
+static void forget(struct mw_writer *w, struct group *g) {
+    for (uint64_t at = 0; at < g->bytes;) {
+        struct mw_frame f;
+        memcpy(&f, g->buffer + at, sizeof f);
+        uint64_t slot = f.op % w->config.slot_count;
+        w->pending[slot / 8] &= (uint8_t)~(1u << slot % 8);
+        at += mw_frame_bytes(f.length);
+    }
+    g->bytes = 0;
+    g->part_count = 0;
+}
+
+/* The group that could not be written and all behind it: as if they had never been staged. A frame
+ * of them may lie whole on the disk, so what is written there next has to be of a new epoch. */
+void fail_staged(struct mw_writer *w, int error) {
+    w->epoch_owed = true;
+    if (w->config.durability == MW_BUFFERED) return; /* promised at staging: they stay and wait for room */
+    for (int i = 0; i < 2; i++) {
+        forget(w, &w->groups[i]);
+        finish(&w->groups[i], UINT64_MAX, error);
+    }
+    w->stage_lsn = w->written_lsn;
+    w->stage_target = w->tail_target;
+    w->high_op = w->last_op;
+}
+
+/* I/O of one part, without the mutex. *stage says which step failed. */
+static int write_part(const struct mw_config *config, struct mw_io *io, const struct mw_target *t,
+                      const struct part *p, const uint8_t *buffer, int *stage) {
+    uint64_t offset = MW_PAGE_BYTES + (p->lsn - t->base_lsn), bytes = p->to - p->from;
+    bool sync = config->durability == MW_SYNC;
+    if (sync && !config->separate_sync) {
+        *stage = MW_STAGE_WRITE_SYNC;
+        return io->write_sync(io->ctx, offset, buffer + p->from, bytes);
+    }
+    *stage = MW_STAGE_WRITE;
+    int rc = io->write(io->ctx, offset, buffer + p->from, bytes);
+    if (rc != 0 || !(sync || p->ends)) return rc;
+    *stage = MW_STAGE_SYNC; /* an END is durable before the next segment takes a frame */
+    return io->sync(io->ctx);
+}
+
+static int commit_part(struct mw_writer *w, struct group *g, struct part *p) {
+    struct mw_target target = *target_at(w, p->target);
+    uint32_t link = w->link;
+    stamp(w, g, p);
+    bool synced = w->config.durability == MW_SYNC || p->ends;
+    int step;
+    pthread_mutex_unlock(&w->mutex);
+    int rc = write_part(&w->config, target.io, &target, p, g->buffer, &step);
+    pthread_mutex_lock(&w->mutex);
+    if (rc != 0) {
+        w->link = link;
+        if (step == MW_STAGE_WRITE && is_clean(rc)) return rc;
+        poison(w, step, rc);
+        return MW_E_POISONED;
+    }
+    w->written_lsn = p->lsn + (p->to - p->from);
+    if (p->ends) {
+        w->ends[p->target % TARGETS] = w->written_lsn;
+        w->tail_target++;
+        w->written_lsn = target_at(w, w->tail_target)->base_lsn;
+    }
+    w->commits++;
+    w->bytes += p->to - p->from;
+    if (synced) {
+        w->durable_lsn = w->written_lsn;
+        w->syncs++;
+    }
+    rc = mw_guard_arm();
+    if (rc == 0 && w->config.durability != MW_BUFFERED)
+        rc = publish_group(w, g->buffer + p->from, g->buffer + p->to);
+    if (rc == 0) rc = publish_progress(w);
+    if (rc != 0) {
+        poison(w, MW_STAGE_INDEX, rc);
+        return MW_E_POISONED;
+    }
+    finish(g, w->written_lsn, 0);
+    return 0;
+}
+
+static int commit_flight(struct mw_writer *w) {
+    struct group *g = w->flight;
+    uint32_t done = 0;
+    int rc = 0;
+    while (rc == 0 && done < g->part_count) {
+        rc = commit_part(w, g, &g->parts[done]);
+        if (rc == 0) done++;
+    }
+    if (rc == 0) {
+        g->bytes = 0;
+        g->part_count = 0;
+    } else if (done > 0) { /* what is written is not written again */
+        uint64_t from = g->parts[done].from;
+        memmove(g->buffer, g->buffer + from, g->bytes - from);
+        g->bytes -= from;
+        g->part_count -= done;
+        memmove(g->parts, g->parts + done, g->part_count * sizeof *g->parts);
+        for (uint32_t i = 0; i < g->part_count; i++) {
+            g->parts[i].from -= from;
+            g->parts[i].to -= from;
+        }
+    }
+    return rc;
+}
+
+/* One commit: the group that is still in flight after a clean failure, or the open one. */
+static int commit_next(struct mw_writer *w) {
+    if (w->flight->bytes == 0) {
+        align_stage(w); /* cannot fail: staging reserved its room */
+        struct group *g = w->open;
+        w->open = w->flight;
+        w->flight = g;
+    }
+    int rc = commit_flight(w);
+    if (rc != 0 && rc != MW_E_POISONED) fail_staged(w, rc);
+    return rc;
+}
+
+static void step_down(struct mw_writer *w) {
+    w->leading = false;
+    if (w->open->waiters != NULL) pthread_cond_signal(&w->open->changed);
+    pthread_cond_broadcast(&w->idle);
+}
+
+/* For a staged entry to be as durable as the journal promises: lead, or wait for who leads. */
+int wait_durable(struct mw_writer *w) {
+    struct group *g = w->open;
+    struct waiter me = {g->waiters, w->stage_lsn, 0, false};
+    g->waiters = &me;
+    while (!me.done) {
+        if (w->leading) {
+            pthread_cond_wait(&g->changed, &w->mutex);
+            continue;
+        }
+        w->leading = true;
+        commit_next(w); /* tells everyone whose entries it took, me too */
+        step_down(w);
+    }
+    return me.result;
+}
+
+/* Writes all that is staged below `lsn`; the caller is told the first failure. */
+static int write_below(struct mw_writer *w, uint64_t lsn) {
+    int rc = 0;
+    while (rc == 0 && w->written_lsn < lsn && (w->flight->bytes != 0 || w->open->bytes != 0)) {
+        if ((rc = check_sound(w)) == 0 && w->epoch_owed) rc = MW_E_NEED_EPOCH;
+        if (rc == 0) rc = commit_next(w);
+    }
+    return rc;
+}
+
+static void take_lead(struct mw_writer *w) {
+    while (w->leading) pthread_cond_wait(&w->idle, &w->mutex);
+    w->leading = true;
+}
+
+int flush_staged(struct mw_writer *w) {
+    take_lead(w);
+    int rc = write_below(w, w->stage_lsn);
+    step_down(w);
+    return rc;
+}
+
+int lead_to(struct mw_writer *w, uint64_t lsn) {
+    take_lead(w);
+    int rc = check_sound(w);
+    if (rc == 0) rc = write_below(w, lsn);
+    if (rc == 0 && w->durable_lsn < w->written_lsn) {
+        struct mw_io *io = target_at(w, w->tail_target)->io;
+        uint64_t written = w->written_lsn;
+        pthread_mutex_unlock(&w->mutex);
+        rc = io->sync(io->ctx);
+        pthread_mutex_lock(&w->mutex);
+        w->syncs++;
+        if (rc != 0) {
+            poison(w, MW_STAGE_SYNC, rc);
+            rc = MW_E_POISONED;
+        } else {
+            w->durable_lsn = written;
+            rc = mw_guard_arm();
+            if (rc == 0) rc = publish_progress(w);
+            if (rc != 0) {
+                poison(w, MW_STAGE_INDEX, rc);
+                rc = MW_E_POISONED;
+            }
+        }
+    }
+    step_down(w);
+    return rc;
+}

@@ -1,0 +1,191 @@
+/* Walks the frames of one segment and checks each: what recovery, verify and compaction read. */
+#include <errno.h>
+#include <string.h>
+
+#include "mmapwal.h"
+
+static uint64_t end_lsn(const struct mw_scan *s) {
+    uint64_t end = s->base_lsn + s->capacity;
+    return s->limit_lsn < end ? s->limit_lsn : end;
+}
+
+static bool is_blank(const uint8_t *p) {
+    uint64_t word[MW_FRAME_BYTES / 8];
+    memcpy(word, p, sizeof word);
+    uint64_t any = 0;
+    for (size_t i = 0; i < MW_FRAME_BYTES / 8; i++) any |= word[i];
+    return any == 0;
+}
+
+/* The header alone: checksum, place, bounds, epoch. 0, or why it is no frame. */
+static int check_header(const struct mw_scan *s, const struct mw_frame *f, uint64_t lsn) {
+    if (f->header_crc != mw_frame_crc(f, s->salt)) return MW_STOP_HEADER;
+    if (f->lsn != lsn) return MW_STOP_PLACE;
+    if (f->type < MW_ENTRY || f->type > MW_PAD) return MW_STOP_TYPE;
+    if (f->epoch > s->epoch) return MW_STOP_FUTURE_EPOCH;
+    if (lsn >= s->epoch_start_lsn && f->epoch != s->epoch) return MW_STOP_OLD_EPOCH;
+    if (mw_frame_bytes(f->length) > s->base_lsn + s->capacity - lsn) return MW_STOP_LENGTH;
+    return 0;
+}
+
+static int check_frame(struct mw_scan *s, const struct mw_frame *f, const uint8_t *at) {
+    int stop = check_header(s, f, s->lsn);
+    if (stop != 0) return stop;
+    s->op = f->op;
+    if (f->link != s->link) return MW_STOP_LINK;
+    if (f->epoch < s->last_epoch) return MW_STOP_OLD_EPOCH;
+    if (f->type == MW_ENTRY && f->payload_crc != mw_crc32c(0, at + MW_FRAME_BYTES, f->length))
+        return MW_STOP_PAYLOAD;
+    return 0;
+}
+
+static int insert(struct mw_scan *s, const struct mw_frame *f) {
+    if (f->op <= s->watermark) return 0;
+    if (s->removal_count != 0 && mw_frame_hidden(s->removals, s->removal_count, f->op, f->lsn)) {
+        s->hidden_count++;
+        return 0;
+    }
+    if (s->slots == NULL) return 0;
+    struct mw_slot *slot = &s->slots[f->op % s->slot_count];
+    if (slot->lsn != 0 && slot->op != f->op) return MW_STOP_CONFLICT;
+    mw_slot_store(slot, f);
+    return 0;
+}
+
+/* The entries of a batch count when the batch is whole: those before its last frame are taken here. */
+static int insert_batch(struct mw_scan *s, uint64_t to_lsn) {
+    for (uint64_t lsn = s->batch_lsn; lsn < to_lsn;) {
+        struct mw_frame f;
+        memcpy(&f, s->frames + (lsn - s->base_lsn), sizeof f);
+        if (f.type == MW_ENTRY) {
+            int stop = insert(s, &f);
+            if (stop != 0) {
+                s->op = f.op;
+                return stop;
+            }
+        }
+        lsn += mw_frame_bytes(f.length);
+    }
+    return 0;
+}
+
+static int scan(void *arg) {
+    struct mw_scan *s = arg;
+    uint64_t end = end_lsn(s);
+    for (;;) {
+        s->op = 0;
+        if (s->lsn >= s->limit_lsn) return MW_STOP_LIMIT;
+        if (s->lsn + MW_FRAME_BYTES > end) return MW_STOP_LENGTH;
+        const uint8_t *at = s->frames + (s->lsn - s->base_lsn);
+        struct mw_frame f;
+        memcpy(&f, at, sizeof f);
+        if (f.type == 0 && is_blank(at)) return MW_STOP_BLANK;
+        int stop = check_frame(s, &f, at);
+        if (stop != 0) return stop;
+        uint64_t next = s->lsn + mw_frame_bytes(f.length);
+        if (!(f.flags & MW_FLAG_MORE)) {
+            if (s->batch_lsn != s->lsn && (stop = insert_batch(s, s->lsn)) != 0) return stop;
+            if (f.type == MW_ENTRY && (stop = insert(s, &f)) != 0) return stop;
+        }
+        if (f.type == MW_ENTRY) s->entry_count++;
+        s->frame_count++;
+        if (f.durable_lsn > s->durable_lsn) s->durable_lsn = f.durable_lsn;
+        s->last_epoch = f.epoch;
+        s->link = f.type == MW_GAP ? f.payload_crc : f.header_crc;
+        s->lsn = next;
+        if (!(f.flags & MW_FLAG_MORE)) {
+            s->batch_lsn = next;
+            s->batch_link = s->link;
+        }
+        if (f.type == MW_END) return MW_STOP_END;
+    }
+}
+
+static int scan_to_stop(void *arg) {
+    struct mw_scan *s = arg;
+    s->stop = scan(s);
+    return 0;
+}
+
+int mw_scan(struct mw_scan *s) {
+    if (s->lsn < s->base_lsn || s->lsn > s->base_lsn + s->capacity) return -EINVAL;
+    return mw_guarded(scan_to_stop, s);
+}
+
+static int hunt(void *arg) {
+    struct mw_scan *s = arg;
+    uint64_t end = s->base_lsn + s->capacity;
+    for (uint64_t lsn = s->lsn; lsn + MW_FRAME_BYTES <= end; lsn += MW_ALIGN) {
+        const uint8_t *at = s->frames + (lsn - s->base_lsn);
+        uint64_t claimed;
+        memcpy(&claimed, at + offsetof(struct mw_frame, lsn), sizeof claimed);
+        if (claimed != lsn) continue; /* the cheap test: nearly everything ends here */
+        struct mw_frame f;
+        memcpy(&f, at, sizeof f);
+        int stop = check_header(s, &f, lsn);
+        if (stop == MW_STOP_FUTURE_EPOCH) s->stop = stop;
+        if (stop != 0) continue;
+        s->frame_count++;
+        if (f.durable_lsn > s->durable_lsn) s->durable_lsn = f.durable_lsn;
+    }
+    return 0;
+}
+
+int mw_hunt(struct mw_scan *s) {
+    s->stop = MW_STOP_NONE;
+    s->frame_count = 0;
+    return mw_guarded(hunt, s);
+}
+
+struct plan {
+    const uint8_t *frames;
+    uint64_t base_lsn, end_lsn;
+    const struct mw_slot *slots;
+    uint64_t slot_count;
+    uint64_t *lsn;
+    uint32_t *link;
+    struct mw_run *runs;
+    uint64_t max_runs, count;
+    uint32_t salt;
+};
+
+/* END stays, since it says that the segment was left; PAD and GAP are as dead as their neighbours. */
+static bool is_kept(const struct plan *p, const struct mw_frame *f) {
+    if (f->type == MW_END) return true;
+    if (f->type != MW_ENTRY) return false;
+    const struct mw_slot *slot = &p->slots[f->op % p->slot_count];
+    return slot->lsn == f->lsn && slot->op == f->op;
+}
+
+static int plan(void *arg) {
+    struct plan *p = arg;
+    while (*p->lsn < p->end_lsn) {
+        struct mw_frame f;
+        memcpy(&f, p->frames + (*p->lsn - p->base_lsn), sizeof f);
+        uint64_t bytes = mw_frame_bytes(f.length);
+        if (f.lsn != *p->lsn || bytes > p->end_lsn - *p->lsn) return MW_E_CORRUPT;
+        if (f.link != *p->link || f.header_crc != mw_frame_crc(&f, p->salt)) return MW_E_CORRUPT;
+        bool keep = is_kept(p, &f);
+        struct mw_run *run = p->count > 0 ? &p->runs[p->count - 1] : NULL;
+        if (run == NULL || run->keep != keep) {
+            if (p->count == p->max_runs) return 0;
+            run = &p->runs[p->count++];
+            run->from_lsn = *p->lsn;
+            run->link = *p->link;
+            run->keep = keep;
+        }
+        run->to_lsn = *p->lsn + bytes;
+        run->last_lsn = *p->lsn;
+        *p->link = f.type == MW_GAP ? f.payload_crc : f.header_crc;
+        *p->lsn += bytes;
+    }
+    return 0;
+}
+
+int64_t mw_plan(const uint8_t *frames, uint64_t base_lsn, uint64_t end, uint32_t salt,
+                const struct mw_slot *slots, uint64_t slot_count, uint64_t *lsn, uint32_t *link,
+                struct mw_run *runs, uint64_t max_runs) {
+    struct plan p = {frames, base_lsn, end, slots, slot_count, lsn, link, runs, max_runs, 0, salt};
+    int rc = mw_guarded(plan, &p);
+    return rc < 0 ? rc : (int64_t)p.count;
+}

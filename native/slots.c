@@ -1,0 +1,142 @@
+/* The mapped index: the ring of slots and the progress that its first page publishes. Stores come
+ * from whoever holds the writer's mutex; loads from any thread or process at any time. A slot's LSN
+ * is its sequence lock: zeroed before the other fields change, stored after them. */
+#include <errno.h>
+#include <string.h>
+
+#include "mmapwal.h"
+
+#define LOAD(p) __atomic_load_n(&(p), __ATOMIC_RELAXED)
+#define STORE(p, v) __atomic_store_n(&(p), v, __ATOMIC_RELAXED)
+
+void mw_slot_store(struct mw_slot *slot, const struct mw_frame *f) {
+    STORE(slot->lsn, 0);
+    __atomic_thread_fence(__ATOMIC_RELEASE);
+    STORE(slot->op, f->op);
+    STORE(slot->timestamp_ns, f->timestamp_ns);
+    STORE(slot->length, f->length);
+    STORE(slot->kind, f->kind);
+    __atomic_store_n(&slot->lsn, f->lsn, __ATOMIC_RELEASE);
+}
+
+void mw_slot_empty(struct mw_slot *slot) { __atomic_store_n(&slot->lsn, 0, __ATOMIC_RELEASE); }
+
+static int load(const struct mw_slot *slot, struct mw_slot *out) {
+    out->lsn = __atomic_load_n(&slot->lsn, __ATOMIC_ACQUIRE);
+    out->op = LOAD(slot->op);
+    out->timestamp_ns = LOAD(slot->timestamp_ns);
+    out->length = LOAD(slot->length);
+    out->kind = LOAD(slot->kind);
+    out->reserved = 0;
+    __atomic_thread_fence(__ATOMIC_ACQUIRE);
+    return LOAD(slot->lsn) == out->lsn;
+}
+
+struct ring {
+    const struct mw_slot *slots;
+    struct mw_slot *to;
+    uint64_t slot_count;
+    uint64_t op;
+    struct mw_slot *found;
+    struct mw_summary *summary;
+};
+
+int mw_slot_load(const struct mw_slot *slots, uint64_t slot_count, uint64_t op, struct mw_slot *out) {
+    const struct mw_slot *slot = &slots[op % slot_count];
+    while (!load(slot, out)) {
+    }
+    return out->lsn != 0 && out->op == op ? 0 : MW_E_MISSING;
+}
+
+static int lookup(void *arg) {
+    struct ring *r = arg;
+    return mw_slot_load(r->slots, r->slot_count, r->op, r->found);
+}
+
+int mw_lookup(const struct mw_slot *slots, uint64_t slot_count, uint64_t op, struct mw_slot *out) {
+    struct ring r = {.slots = slots, .slot_count = slot_count, .op = op, .found = out};
+    return mw_guarded(lookup, &r);
+}
+
+static int clear(void *arg) {
+    struct ring *r = arg;
+    memset(r->to, 0, r->slot_count * sizeof *r->to);
+    return 0;
+}
+
+int mw_slots_clear(struct mw_slot *slots, uint64_t slot_count) {
+    struct ring r = {.to = slots, .slot_count = slot_count};
+    return mw_guarded(clear, &r);
+}
+
+static int summarise(void *arg) {
+    struct ring *r = arg;
+    struct mw_summary sum = {0, UINT64_MAX, 0};
+    for (uint64_t i = 0; i < r->slot_count; i++) {
+        if (r->slots[i].lsn == 0) continue;
+        uint64_t op = r->slots[i].op;
+        sum.live++;
+        if (op < sum.first_op) sum.first_op = op;
+        if (op > sum.last_op) sum.last_op = op;
+    }
+    if (sum.live == 0) sum.first_op = 0;
+    *r->summary = sum;
+    return 0;
+}
+
+/* Not against concurrent stores: the caller holds the mutex, or no writer exists yet. */
+int mw_slots_summary(const struct mw_slot *slots, uint64_t slot_count, struct mw_summary *out) {
+    struct ring r = {.slots = slots, .slot_count = slot_count, .summary = out};
+    return mw_guarded(summarise, &r);
+}
+
+static int copy_slots(void *arg) {
+    struct ring *r = arg;
+    for (uint64_t i = 0; i < r->slot_count; i++)
+        while (!load(&r->slots[i], &r->to[i])) {
+        }
+    return 0;
+}
+
+int mw_slots_copy(struct mw_slot *to, const struct mw_slot *from, uint64_t slot_count) {
+    struct ring r = {.slots = from, .to = to, .slot_count = slot_count};
+    return mw_guarded(copy_slots, &r);
+}
+
+static uint32_t progress_check(const struct mw_index_header *page, const struct mw_progress *p) {
+    return mw_crc32c(page->salt, p, offsetof(struct mw_progress, check));
+}
+
+void mw_progress_store(struct mw_index_header *page, uint64_t written_lsn, uint64_t durable_lsn,
+                       uint64_t watermark) {
+    uint32_t sequence = page->wake + 1;
+    struct mw_progress *to = &page->progress[sequence & 1];
+    struct mw_progress p = {written_lsn, durable_lsn, watermark, sequence, 0};
+    p.check = progress_check(page, &p);
+    memcpy(to, &p, sizeof p);
+    __atomic_store_n(&page->wake, sequence, __ATOMIC_RELEASE);
+}
+
+struct progress {
+    const struct mw_index_header *page;
+    struct mw_progress *out;
+};
+
+static int read_progress(void *arg) {
+    struct progress *r = arg;
+    int found = 0;
+    for (int i = 0; i < 2; i++) {
+        struct mw_progress p;
+        memcpy(&p, &r->page->progress[i], sizeof p);
+        if (p.check != progress_check(r->page, &p) || p.durable_lsn > p.written_lsn) continue;
+        if (!found || p.durable_lsn > r->out->durable_lsn) *r->out = p;
+        found = 1;
+    }
+    return found ? 0 : MW_E_MISSING;
+}
+
+/* The further of the two; MW_E_MISSING when neither verifies. */
+int mw_progress_read(const struct mw_index_header *page, struct mw_progress *out) {
+    struct progress r = {page, out};
+    return mw_guarded(read_progress, &r);
+}

@@ -1,0 +1,89 @@
+/* The writer's state: one owner, one mutex. stage.c fills it, commit.c empties it to the disk,
+ * writer.c makes it and changes what lives. Every function here is called with the mutex held.
+ *
+ *   written_lsn  handed to the kernel; the tail
+ *   durable_lsn  a sync covered all below it
+ *   stage_lsn    where the next staged frame will lie: known, since a group that fails takes all
+ *                staged behind it along
+ *   leading      someone does I/O; nobody else may, and targets, groups in flight and the tail are its own
+ */
+#ifndef MMAPWAL_WRITER_H
+#define MMAPWAL_WRITER_H
+
+#include <pthread.h>
+
+#include "mmapwal.h"
+
+enum { TARGETS = 4, PARTS = TARGETS };
+
+struct part {                  /* the frames of a group that lie in one segment */
+    uint64_t target;           /* number of the target, counted from the first ever */
+    uint64_t lsn;
+    uint64_t from, to;         /* in the group's buffer */
+    bool ends;                 /* the last frame is an END */
+};
+
+struct waiter {
+    struct waiter *next;
+    uint64_t end_lsn;
+    int result;
+    bool done;
+};
+
+struct group {
+    uint8_t *buffer;
+    uint64_t bytes, room;
+    struct part parts[PARTS];
+    uint32_t part_count;
+    struct waiter *waiters;
+    pthread_cond_t changed;
+};
+
+struct mw_writer {
+    pthread_mutex_t mutex;
+    pthread_cond_t idle;       /* the leader stepped down */
+    pthread_cond_t wanted;     /* a segment should be prepared */
+    struct mw_config config;
+    volatile int forked;       /* set in a child before it can touch anything else */
+    bool leading, closed, epoch_owed;
+    int poison_stage, poison_errno;
+
+    struct group groups[2];
+    struct group *open, *flight;
+
+    struct mw_target targets[TARGETS];  /* number n is at n % TARGETS */
+    uint64_t ends[TARGETS];    /* behind the END of a target that was left, as long as its place is free */
+    uint64_t tail_target, stage_target, target_end;
+
+    uint64_t written_lsn, durable_lsn, stage_lsn;
+    uint32_t epoch, link;
+
+    uint64_t watermark, last_op, first_op, high_op, live;
+    uint64_t barrier_first, barrier_last;
+    uint8_t *pending;          /* a bit for each slot that a staged entry will take */
+
+    uint64_t commits, syncs, entries, bytes;
+};
+
+static inline struct mw_target *target_at(struct mw_writer *w, uint64_t number) {
+    return &w->targets[number % TARGETS];
+}
+
+int check_usable(const struct mw_writer *w);
+int check_sound(const struct mw_writer *w);
+int64_t stage(struct mw_writer *w, const char *data, const uint64_t *lengths, const uint16_t *kinds,
+              uint64_t count, int64_t op, int32_t kind, int64_t timestamp_ns, uint32_t flags);
+int stage_end(struct mw_writer *w);
+void align_stage(struct mw_writer *w);
+bool segment_wanted(const struct mw_writer *w);
+
+int wait_durable(struct mw_writer *w);
+int flush_staged(struct mw_writer *w);
+int lead_to(struct mw_writer *w, uint64_t lsn);
+void fail_staged(struct mw_writer *w, int error);
+void poison(struct mw_writer *w, int stage, int error);
+
+int publish_group(struct mw_writer *w, const uint8_t *from, const uint8_t *to);
+int publish_progress(struct mw_writer *w);
+
+#endif
