@@ -153,7 +153,7 @@ class Engine:
         self._settle(superblock, found, index, watch)
         if created:
             self.report.outcome = RecoveryRow.CREATED
-        self._start_writer(found)
+        self._start_writer(found, seal if self.report.outcome is RecoveryRow.SEALED else None)
         self._remove_strangers()
         watch.lap("writer")
 
@@ -223,12 +223,14 @@ class Engine:
         report.cut_bytes = found.stop_lsn - found.tail_lsn + found.torn_bytes if found.stop_lsn else 0
         watch.lap("index")
 
-    def _start_writer(self, found: Scanned) -> None:
+    def _start_writer(self, found: Scanned, seal: Seal | None) -> None:
         superblock = self._file.current
+        summary = (seal.live, seal.first_op, seal.last_op) if seal is not None else self.index.summary()
         config = ffi.new(
             "struct mw_config *",
             {
-                "page": self.index.page, "slots": self.index.slots, "slot_count": superblock.slot_count,
+                "summary": summary, "page": self.index.page, "slots": self.index.slots,
+                "slot_count": superblock.slot_count,
                 "watermark": superblock.watermark, "lsn": found.tail_lsn, "buffer_bytes": BUFFER_BYTES,
                 "epoch": superblock.epoch, "link": found.link, "align_bytes": superblock.align_bytes,
                 "durability": _DURABILITY[self.options.durability],
@@ -500,7 +502,10 @@ class Engine:
         try:
             state = self.state()
             self.index.sync()
-            seal = Seal(int(state.written_lsn), int(state.link), self.index.crc())
+            seal = Seal(
+                lsn=int(state.written_lsn), link=int(state.link), index_crc=self.index.crc(),
+                live=int(state.live), first_op=int(state.first_op), last_op=int(state.last_op),
+            )  # fmt: skip
             new = replace(self.superblock, seal=seal, segments=tuple(self._with_ends()))
             self.change(new, lambda: None)
         except (OSError, JournalError) as e:

@@ -49,7 +49,9 @@ class SlotIndex:
         self.page = ffi.cast("struct mw_index_header *", self._pin)
         self.slots = ffi.cast("struct mw_slot *", self._pin + fmt.PAGE_BYTES)
         self.memory = whole[fmt.PAGE_BYTES :].toreadonly()
-        self.load = struct.Struct("<QQqIHH").unpack_from  # lsn, op, timestamp, length, kind
+        self.words = self.memory.cast("Q")  # the LSN of slot n is word 4 n
+        self.load = struct.Struct("<QQqIHH").unpack_from  # lsn, op, timestamp, length, kind, reserved
+        self.load_place = struct.Struct("<QQ8xI").unpack_from  # lsn, op, length
 
     @classmethod
     def open(cls, directory: Directory, uuid: bytes, slot_count: int) -> SlotIndex | None:
@@ -100,8 +102,15 @@ class SlotIndex:
     def crc(self) -> int:
         """CRC32C of all slots."""
         out = ffi.new("uint32_t *")
+        lib.mw_populate(ffi.cast("void *", self.page), fmt.PAGE_BYTES + self.slot_count * fmt.SLOT_BYTES, 0)
         _check(lib.mw_crc32c_guarded(0, self.slots, self.slot_count * fmt.SLOT_BYTES, out))
         return int(out[0])
+
+    def summary(self) -> tuple[int, int, int]:
+        """(how many live, first op, last op); walks all slots, while no writer stores."""
+        out = ffi.new("struct mw_summary *")
+        _check(lib.mw_slots_summary(self.slots, self.slot_count, out))
+        return int(out.live), int(out.first_op), int(out.last_op)
 
     def fill(self, slots: npt.NDArray[Any]) -> None:
         """Takes over slots that were rebuilt elsewhere."""

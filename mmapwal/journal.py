@@ -8,6 +8,7 @@ import threading
 import time
 import warnings
 import weakref
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -171,7 +172,7 @@ class Journal:
             self._stop_syncing.set()
             if self._syncing is not None:
                 self._syncing.join()
-            self._reader.closed = ClosedError("the journal is closed")
+            self._reader.close(ClosedError("the journal is closed"))
             self._engine.close()
 
     # --- writing ----------------------------------------------------------------------------------
@@ -314,7 +315,22 @@ class Journal:
         journal; CorruptionError with `verify_reads`; ClosedError. What the disk fails to bring while
         the view is read kills by SIGBUS: copy() is the guarded way.
         """
-        view, start, end, _, _ = self._reader.locate(op)
+        reader = self._reader
+        try:
+            slot = op % reader.slots
+            lsn, found, length = reader.load_place(reader.memory, slot * fmt.SLOT_BYTES)
+            if found == op and lsn < reader.plain_below_lsn:
+                table = reader.segments.table
+                lane = bisect_right(table.lane_lsns, lsn) - 1
+                view = table.lane_views[lane]
+                # The slot is its own sequence lock: unchanged, and so were the fields between. It is
+                # looked at after the table, so what it names cannot have been compacted away from it.
+                if view is not None and reader.words[slot * 4] == lsn:
+                    start = lsn - table.lane_shifts[lane]
+                    return view[start : start + length]
+        except TypeError:
+            raise MissingOpError(op) from None
+        view, start, end, _, _ = reader.locate(op)
         return view[start:end]
 
     def copy(self, op: int) -> bytes:

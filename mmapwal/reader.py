@@ -14,7 +14,7 @@ from mmapwal import format as fmt
 from mmapwal._native import ffi, lib
 from mmapwal.engine import Durability, Engine
 from mmapwal.errors import CorruptionError, MissingOpError
-from mmapwal.segment import SegmentTable
+from mmapwal.segment import SegmentSet, SegmentTable
 
 __all__ = ["HEADERS", "DrainedEntries", "Entry", "Header", "Reader"]
 
@@ -84,14 +84,23 @@ class Reader:
 
     def __init__(self, engine: Engine, *, verify_reads: bool) -> None:
         self._engine = engine
-        self._segments = engine.segments
+        self.segments: SegmentSet = engine.segments
         self._verify = verify_reads
-        self._slots = engine.index.slot_count
+        self.slots = engine.index.slot_count
+        self.load_place = engine.index.load_place
+        self.words = engine.index.words
+        self.memory = engine.index.memory
         self._load = engine.index.load
-        self._memory = engine.index.memory
         self._relaxed = engine.options.durability is not Durability.SYNC
         self._durable_lsn = 0
+        # Below it an entry can be read without asking anyone; above it, or closed, or verifying: locate().
+        self.plain_below_lsn = 0 if self._relaxed or verify_reads else 2**64
         self.closed: Exception | None = None
+
+    def close(self, error: Exception) -> None:
+        """Every read from now on raises `error`."""
+        self.closed = error
+        self.plain_below_lsn = 0
 
     # --- one entry --------------------------------------------------------------------------------
 
@@ -100,7 +109,7 @@ class Reader:
         while True:
             try:
                 lsn, found, timestamp, length, kind, _ = self._load(
-                    self._memory, op % self._slots * fmt.SLOT_BYTES
+                    self.memory, op % self.slots * fmt.SLOT_BYTES
                 )
             except TypeError:
                 raise MissingOpError(op) from None
@@ -110,7 +119,7 @@ class Reader:
                 raise MissingOpError(op)
             if self._relaxed and lsn >= self._durable_lsn:
                 self._reach(lsn)
-            table = self._segments.table
+            table = self.segments.table
             row = bisect_right(table.bases, lsn) - 1
             view = table.views[row] if row >= 0 else None
             if view is None:
@@ -120,7 +129,7 @@ class Reader:
                 view = table.map(row)
             start = lsn - table.bases[row] + _PAYLOAD_AT
             # The slot is its own sequence lock: unchanged, and so were the fields between.
-            if self._load(self._memory, op % self._slots * fmt.SLOT_BYTES)[0] != lsn:
+            if self._load(self.memory, op % self.slots * fmt.SLOT_BYTES)[0] != lsn:
                 continue
             if self._verify:
                 self.check(table, row, lsn, op)
@@ -129,7 +138,7 @@ class Reader:
     def _stray(self, op: int, lsn: int) -> None:
         """The table that was read does not have the LSN: an old one, or the index is damaged."""
         found = self._engine.index.lookup(op)
-        if found is not None and found[0] == lsn and self._segments.table.row(lsn) < 0:
+        if found is not None and found[0] == lsn and self.segments.table.row(lsn) < 0:
             raise CorruptionError(fmt.INDEX_NAME, 0, lsn, op, "a slot names a place that no segment has")
 
     def _reach(self, lsn: int) -> None:
@@ -142,6 +151,8 @@ class Reader:
         if state.poison_stage and lsn >= state.durable_lsn:
             raise engine.poisoned()
         self._durable_lsn = int(state.durable_lsn)
+        if not self._verify and self.closed is None:
+            self.plain_below_lsn = self._durable_lsn
 
     def check(self, table: SegmentTable, row: int, lsn: int, op: int, target: bytearray | None = None) -> Any:
         """Checks the frame, guarded against SIGBUS; copies its payload to a target. Its header."""
@@ -175,7 +186,7 @@ class Reader:
             lsn = found[0]
             if self._relaxed and lsn >= self._durable_lsn:
                 self._reach(lsn)
-            table = self._segments.table
+            table = self.segments.table
             row = table.row(lsn)
             again = self._engine.index.lookup(op)
             if row < 0:
@@ -212,7 +223,7 @@ class Reader:
             return 1, 0, None
         low = max(int(state.first_op), first if first is not None else 1)
         high = min(int(state.last_op), last if last is not None else fmt.OP_MAX)
-        if high - low < 4 * self._slots:
+        if high - low < 4 * self.slots:
             return low, high, None
         slots = self._engine.index.copy()
         ops = slots["op"][(slots["lsn"] != 0) & (slots["op"] >= low) & (slots["op"] <= high)]
@@ -232,7 +243,7 @@ class Reader:
         else:
             ops_at, op_count = ffi.cast("uint64_t *", ffi.from_buffer(ops)), len(ops)
         index = self._engine.index
-        table = self._segments.table
+        table = self.segments.table
         while True:
             if self.closed is not None:
                 raise self.closed
@@ -265,9 +276,9 @@ class Reader:
             if cursor.segment != _NO_ROW:
                 table.map(int(cursor.segment))
                 return table
-            if self._segments.table is table:
+            if self.segments.table is table:
                 self._stray(op, lsn)
-            return self._segments.table
+            return self.segments.table
         row = table.row(lsn)
         name = table.segments[row].record.name if row >= 0 else fmt.INDEX_NAME
         if rc == lib.MW_E_CORRUPT:
@@ -296,7 +307,7 @@ class Reader:
     def drained(self, first: int, last: int) -> DrainedEntries:
         """The live entries of a range as they are now; their segments stay mapped for as long as it lives."""
         parts = []
-        table = self._segments.table
+        table = self.segments.table
         for chunk_table, out, count, _ in self.chunks(first, last, verify=self._verify, rows=8192):
             table = chunk_table
             parts.append(_headers(out, count))

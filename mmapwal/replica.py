@@ -42,17 +42,12 @@ _FEW = 8  # entries up to which asking for each is cheaper than setting up an it
 
 
 class StateMachine(Protocol):
-    """What is replicated. Its state must follow from the entries alone, in their order.
-
-    A Replica calls it from one thread at a time. It must not call back into the replica.
-    """
+    """What is replicated. Its state must follow from the entries alone, in their order. A Replica calls
+    it from one thread at a time; it must not call back into the replica."""
 
     def apply(self, entry: Entry) -> Any:
-        """Takes one entry into the state; what is returned goes to whoever submitted it.
-
-        ``entry.payload`` is a slice of the journal's mapping, and may be kept. An exception stops the
-        replica: the state may be half changed.
-        """
+        """Takes one entry into the state; what is returned goes to whoever submitted it. Its payload is
+        a slice of the journal's mapping, and may be kept. An exception stops the replica."""
 
     def snapshot(self) -> Buffer:
         """The whole state as bytes; copied before the next apply(). Changes nothing."""
@@ -108,11 +103,8 @@ class MuxStateMachine:
         return machine.apply(entry)
 
     def snapshot(self) -> bytes:
-        """All machines' snapshots in one container, copied.
-
-        Magic, version, count; a row and a name for each machine; then their data. Names and data are
-        padded to 8 bytes, so that a machine may look at its part as an array. Little-endian.
-        """
+        """All machines' snapshots in one container, copied: magic, version, count; a row and a name for
+        each; then their data. Names and data are padded to 8 bytes, so that a part can be an array."""
         parts = {name: copy_of(machine.snapshot()) for name, machine in self._machines.items()}
         pieces = [_MUX_HEADER.pack(_MUX_MAGIC, _MUX_VERSION, len(parts))]
         for name, data in parts.items():
@@ -124,10 +116,8 @@ class MuxStateMachine:
 
     def restore(self, snapshot: memoryview) -> None:
         """Gives each machine its slice; all is checked before the first one is given any.
-
-        Raises SnapshotCorruptError for what is no whole container, IncompatibleFormatError for one of
-        another version or of other machines; and what a machine's restore() raises.
-        """
+        SnapshotCorruptError for what is no whole container, IncompatibleFormatError for one of another
+        version or of other machines; and what a machine's restore() raises."""
         parts = _split_container(memoryview(snapshot).cast("B"))
         if parts.keys() != self._machines.keys():
             raise IncompatibleFormatError(
@@ -303,18 +293,12 @@ class Replica:
     """
 
     def __init__(
-        self,
-        journal: Journal,
-        snapshots: SnapshotStore,
-        machine: StateMachine,
-        *,
-        applied_op: int = 0,
-        margin: int = 64,
+        self, journal: Journal, snapshots: SnapshotStore, machine: StateMachine, *, applied_op: int = 0
     ) -> None:
         self.journal = journal
         self.snapshots = snapshots
         self.machine = machine
-        self.coordinator = SnapshotCoordinator(journal, snapshots, margin=margin)
+        self.coordinator = SnapshotCoordinator(journal, snapshots)
         self._accepts = machine.accepts if isinstance(machine, MuxStateMachine) else None
         self._pid = os.getpid()
         self._closed = False
@@ -395,7 +379,7 @@ class Replica:
             with self._guard:
                 self._submitting[me] = self._applied
             op = self.journal.append(payload, kind=kind)
-            outcome = self._outcome_of(op)
+            outcome = self._alone(lambda: self._outcome_of(op))
         finally:
             self._leave(me)
         if outcome.error is not None:
@@ -410,13 +394,7 @@ class Replica:
         """
         target = integer("op", op, 0, fmt.OP_MAX)
         self._refuse()
-        with self._lock:
-            self._owner = threading.get_ident()
-            try:
-                self._refuse_half_applied()
-                self._advance(target)
-            finally:
-                self._owner = 0
+        self._alone(lambda: self._advance(target))
 
     def checkpoint(self) -> Snapshot:
         """Makes the state as it is now the one to recover from, and gives the journal's space back.
@@ -426,7 +404,7 @@ class Replica:
         StateMachineError when apply() failed before, and what the machine's snapshot() raises.
         """
         self._refuse()
-        return self.coordinator.checkpoint_from(self._take)
+        return self.coordinator.checkpoint_from(lambda: self._alone(self._take))
 
     def close(self) -> None:
         """Closes the journal and the snapshots, after the application that is under way. Twice is fine.
@@ -446,36 +424,34 @@ class Replica:
 
     # --- applying ---------------------------------------------------------------------------------
 
-    def _take(self) -> tuple[int, bytes]:
+    def _alone(self, work: Callable[[], T]) -> T:
+        """Runs what calls the machine, one thread at a time."""
         with self._lock:
             self._owner = threading.get_ident()
             try:
-                self._refuse_half_applied()
-                return self._applied, copy_of(self.machine.snapshot())
+                return work()
             finally:
                 self._owner = 0
 
+    def _take(self) -> tuple[int, bytes]:
+        self._refuse_half_applied()
+        return self._applied, copy_of(self.machine.snapshot())
+
     def _outcome_of(self, op: int) -> _Outcome:
         """What came of an entry that this thread has journaled: from another thread, or made now."""
-        with self._lock:
-            self._owner = threading.get_ident()
-            try:
-                with self._guard:
-                    outcome = self._results.pop(op, None)
-                if outcome is None:
-                    self._refuse_half_applied()
-                    outcome = self._advance(op, own=op)
-            finally:
-                self._owner = 0
+        with self._guard:
+            outcome = self._results.pop(op, None)
+        if outcome is None:
+            outcome = self._advance(op, own=op)
         if outcome is None:
             raise JournalError(
-                f"op {op} is journaled and cannot be applied behind op {self._applied}: "
-                "the journal was changed beside the replica"
+                f"op {op} is journaled, but does not follow op {self._applied}, the last applied"
             )
         return outcome
 
     def _advance(self, target: int, *, own: int = 0) -> _Outcome | None:
         """Applies up to `target`, or up to a gap. The outcome of `own`, if it was among them."""
+        self._refuse_half_applied()
         outcome = None
         for entry in self._journaled(target):
             if entry.op != self._applied + 1:
@@ -521,12 +497,8 @@ class Replica:
         """Drops the results that nobody will ask for: those of interrupted and of direct appends."""
         with self._guard:
             self._submitting.pop(thread, None)
-            if not self._results:
-                return
             lowest = min(self._submitting.values(), default=fmt.OP_MAX)
-            for op in list(self._results):  # ascending, as they were applied
-                if op > lowest:
-                    break
+            for op in [op for op in self._results if op <= lowest]:
                 del self._results[op]
 
     # --- refusing ---------------------------------------------------------------------------------
@@ -550,39 +522,28 @@ class Replica:
             self._failure = (self._halfway, None)
         if self._failure is not None:
             raise self._failed() from self._failure[1]
-        if self._closed:
-            raise ClosedError("the replica is closed")
 
     def _refuse_unfit_journal(self) -> None:
         """Before an entry is journaled that could not be applied."""
         applied = self._applied  # read first: the journal is always ahead of it
         if (self.last_journaled_op or 0) < applied:
-            raise StateMachineError(
-                f"the journal was cut below op {applied}, which is applied: recover again"
-            )
+            raise StateMachineError(f"op {applied} is applied and was cut from the journal: recover again")
         gap = self.gap_op
         if gap is not None:
-            raise JournalError(
-                f"there is a gap below op {gap}: what is missing there has to be journaled first"
-            )
+            raise JournalError(f"there is a gap below op {gap}: journal what is missing first")
 
     def _failed(self) -> StateMachineError:
         op = self._failure[0] if self._failure is not None else self._halfway
-        return StateMachineError(
-            f"apply() of op {op} did not end well, the state may be half changed: recover again"
-        )
+        return StateMachineError(f"apply() of op {op} failed, the state may be half changed: recover again")
 
 
 # --- recovery ---------------------------------------------------------------------------------------
 
 
 def recover(
-    path: str | os.PathLike[str],
-    machine: StateMachine,
-    *,
-    commit_op: int | None = None,
+    path: str | os.PathLike[str], machine: StateMachine, *, commit_op: int | None = None,
     **journal_options: Any,
-) -> Replica:
+) -> Replica:  # fmt: skip
     """Opens the journal at `path` and brings `machine`, which must be new, to its end.
 
     Restores the snapshot that the superblock is paired with, then applies the entries above it in op
@@ -592,12 +553,11 @@ def recover(
     ``<path>/snapshots``, made if missing. `journal_options` are those of Journal; with `storage` the
     snapshots live in its subdirectory.
 
-    Raises SnapshotError when the paired snapshot is missing, or when entries above it are gone (the
-    watermark was moved without a checkpoint), since the state cannot be rebuilt then;
-    SnapshotCorruptError when it is damaged or another one; IncompatibleFormatError; StateMachineError,
-    which names the op, when restore() or apply() fails; what Journal raises; TypeError and ValueError
-    for a bad `commit_op`, ValueError for ``readonly``. The journal is closed then. Blocks for reading
-    everything.
+    Raises SnapshotError when the paired snapshot is missing, or entries above it are gone (the
+    watermark was moved without a checkpoint): the state cannot be rebuilt; SnapshotCorruptError when it
+    is damaged or another one; IncompatibleFormatError; StateMachineError, which names the op, when
+    restore() or apply() fails; what Journal raises; TypeError and ValueError for a bad `commit_op` or
+    ``readonly``. The journal is closed then. Blocks for reading everything.
     """
     if commit_op is not None:
         commit_op = integer("commit_op", commit_op, 0, fmt.OP_MAX)

@@ -209,6 +209,24 @@ class SegmentTable:
             ref.salt = segment.salt
             ref.frames = segment.frames if segment.is_mapped else ffi.NULL
         self.native = ffi.new("struct mw_table *", {"refs": self._refs, "count": len(self.segments)})
+        self._build_lanes()
+
+    def _build_lanes(self) -> None:
+        """For reading one entry: lists in which every LSN has a lane, so that no bound needs a check.
+        A lane has the LSN where it starts, the view (None where no segment is, or it is not mapped yet),
+        and what to take off an LSN for the offset of its payload."""
+        self.lane_lsns: list[int] = [0]
+        self.lane_views: list[memoryview | None] = [None]
+        self.lane_shifts: list[int] = [0]
+        self._lane_of_row: list[int] = []
+        for segment, view in zip(self.segments, self.views, strict=True):
+            record = segment.record
+            if self.lane_lsns[-1] == record.base_lsn:  # no hole before it
+                del self.lane_lsns[-1], self.lane_views[-1], self.lane_shifts[-1]
+            self._lane_of_row.append(len(self.lane_lsns))
+            self.lane_lsns += (record.base_lsn, record.next_base_lsn)
+            self.lane_views += (view, None)
+            self.lane_shifts += (record.base_lsn - fmt.PAGE_BYTES - fmt.FRAME_BYTES, 0)
 
     def row(self, lsn: int) -> int:
         """The row of the segment that has the LSN; -1 when none has."""
@@ -222,7 +240,7 @@ class SegmentTable:
         view = self.views[row]
         if view is None:
             segment = self.segments[row]
-            view = self.views[row] = segment.view
+            view = self.views[row] = self.lane_views[self._lane_of_row[row]] = segment.view
             self._refs[row].frames = segment.frames
         return view
 

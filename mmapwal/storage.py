@@ -279,7 +279,14 @@ class FileStorage(_SystemFile):
     def _remember(self, offset: int, data: Buffer) -> None:
         if self._image is not None:
             plain = memoryview(data).cast("B")
-            self._image[offset : offset + len(plain)] = plain
+            if offset + len(plain) > len(self._image):
+                self._image = None  # it grew: views of the old one keep that
+            else:
+                self._image[offset : offset + len(plain)] = plain
+
+    def truncate(self, length: int) -> None:
+        super().truncate(length)
+        self._image = None
 
     def write_at(self, offset: int, data: Buffer) -> int:
         done = super().write_at(offset, data)

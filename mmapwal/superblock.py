@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import struct
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -56,6 +56,12 @@ class Seal:
     lsn: int
     link: int
     index_crc: int
+    live: int
+    first_op: int
+    last_op: int
+
+
+_SEAL_FIELDS = ("seal_lsn", "seal_link", "index_crc", "seal_live", "seal_first_op", "seal_last_op")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +104,8 @@ class Superblock:
             head[name] = getattr(self, name)
         if self.seal is not None:
             head["flags"] |= fmt.SUPERBLOCK_SEALED
-            head["seal_lsn"], head["seal_link"] = self.seal.lsn, self.seal.link
-            head["index_crc"] = self.seal.index_crc
+            for name, value in zip(_SEAL_FIELDS, astuple(self.seal), strict=True):
+                head[name] = value
         if self.pairing is not None:
             head["flags"] |= fmt.SUPERBLOCK_PAIRED
             head["snapshot_op"], head["snapshot_crc"] = self.pairing
@@ -148,9 +154,7 @@ class Superblock:
             next_segment_id=int(head["next_segment_id"]),
             epoch=int(head["epoch"]),
             epoch_start_lsn=int(head["epoch_start_lsn"]),
-            seal=Seal(int(head["seal_lsn"]), int(head["seal_link"]), int(head["index_crc"]))
-            if flags & fmt.SUPERBLOCK_SEALED
-            else None,
+            seal=Seal(*(int(head[name]) for name in _SEAL_FIELDS)) if flags & fmt.SUPERBLOCK_SEALED else None,
             pairing=(int(head["snapshot_op"]), int(head["snapshot_crc"]))
             if flags & fmt.SUPERBLOCK_PAIRED
             else None,

@@ -273,6 +273,7 @@ enum mw_stage {
 };
 
 struct mw_config {
+    struct mw_summary summary;  /* of the slots */
     struct mw_index_header *page;
     struct mw_slot *slots;
     uint64_t slot_count;

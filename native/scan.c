@@ -4,6 +4,8 @@
 
 #include "mmapwal.h"
 
+#define PREFETCH_BYTES 1024u
+
 static uint64_t end_lsn(const struct mw_scan *s) {
     uint64_t end = s->base_lsn + s->capacity;
     return s->limit_lsn < end ? s->limit_lsn : end;
@@ -82,7 +84,9 @@ static int scan(void *arg) {
         if (f.type == 0 && is_blank(at)) return MW_STOP_BLANK;
         int stop = check_frame(s, &f, at);
         if (stop != 0) return stop;
-        uint64_t next = s->lsn + mw_frame_bytes(f.length);
+        uint64_t bytes = mw_frame_bytes(f.length), next = s->lsn + bytes;
+        for (uint64_t line = 0; line < bytes && line < PREFETCH_BYTES; line += 64)
+            __builtin_prefetch(at + PREFETCH_BYTES + line);
         if (!(f.flags & MW_FLAG_MORE)) {
             if (s->batch_lsn != s->lsn && (stop = insert_batch(s, s->lsn)) != 0) return stop;
             if (f.type == MW_ENTRY && (stop = insert(s, &f)) != 0) return stop;
@@ -132,6 +136,7 @@ static int hunt(void *arg) {
 }
 
 int mw_hunt(struct mw_scan *s) {
+    if (s->lsn < s->base_lsn || s->lsn % MW_ALIGN != s->base_lsn % MW_ALIGN) return -EINVAL;
     s->stop = MW_STOP_NONE;
     s->frame_count = 0;
     return mw_guarded(hunt, s);
@@ -160,6 +165,7 @@ static bool is_kept(const struct plan *p, const struct mw_frame *f) {
 static int plan(void *arg) {
     struct plan *p = arg;
     while (*p->lsn < p->end_lsn) {
+        if (p->end_lsn - *p->lsn < MW_FRAME_BYTES) return MW_E_CORRUPT;
         struct mw_frame f;
         memcpy(&f, p->frames + (*p->lsn - p->base_lsn), sizeof f);
         uint64_t bytes = mw_frame_bytes(f.length);

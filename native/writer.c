@@ -11,9 +11,7 @@ struct mw_writer *mw_writer_new(const struct mw_config *config) {
     if (w == NULL) return NULL;
     w->config = *config;
     w->pending = calloc(config->slot_count / 8 + 1, 1);
-    struct mw_summary sum;
-    if (w->pending == NULL || mw_slots_summary(config->slots, config->slot_count, &sum) != 0) {
-        free(w->pending);
+    if (w->pending == NULL) {
         free(w);
         return NULL;
     }
@@ -27,9 +25,9 @@ struct mw_writer *mw_writer_new(const struct mw_config *config) {
     w->epoch = config->epoch;
     w->link = config->link;
     w->watermark = config->watermark;
-    w->live = sum.live;
-    w->first_op = sum.first_op;
-    w->last_op = w->high_op = sum.last_op;
+    w->live = config->summary.live;
+    w->first_op = config->summary.first_op;
+    w->last_op = w->high_op = config->summary.last_op;
     w->barrier_first = 1; /* an empty range: no barrier */
     if (publish_progress(w) != 0) {
         mw_writer_free(w);

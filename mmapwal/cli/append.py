@@ -74,8 +74,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _append(journal: Journal, lines: list[bytes], kind: int) -> Iterator[range]:
     """In one commit; where only a part still fits, that part is kept and then JournalFullError."""
-    if len(lines[0]) > LINE_BYTES_MAX:
-        raise PayloadTooLargeError(f"a line of more than {LINE_BYTES_MAX:,} bytes")
     while lines:
         fits = max(1, journal.remaining_capacity)
         yield journal.append_many(lines[:fits], kind=kind)
@@ -93,13 +91,16 @@ def _print(ops: range, *, as_json: bool) -> None:
 
 def _batches(fd: int, count_max: int, bytes_max: int) -> Iterator[list[bytes]]:
     """Full batches while input flows; what there is as soon as none waits. One line may be larger
-    than `bytes_max`. Blocks for input."""
+    than `bytes_max`. Blocks for input. PayloadTooLargeError, after what came before such a line."""
     batch: list[bytes] = []
     size = 0
     for line in _lines(fd):
-        if batch and (line is None or len(batch) == count_max or size + len(line) > bytes_max):
+        too_long = line is not None and len(line) > LINE_BYTES_MAX
+        if batch and (line is None or too_long or len(batch) == count_max or size + len(line) > bytes_max):
             yield batch
             batch, size = [], 0
+        if too_long:
+            raise PayloadTooLargeError(f"a line of more than {LINE_BYTES_MAX:,} bytes")
         if line is not None:
             batch.append(line)
             size += len(line)
@@ -108,7 +109,8 @@ def _batches(fd: int, count_max: int, bytes_max: int) -> Iterator[list[bytes]]:
 
 
 def _lines(fd: int) -> Iterator[bytes | None]:
-    """Lines without their newline; None where reading on would wait. A last line may lack the newline."""
+    """Lines without their newline; None where reading on would wait. A last line may lack the newline.
+    Of a line above LINE_BYTES_MAX comes no more than shows that it is, and then nothing."""
     part = bytearray()
     while True:
         if not select.select([fd], [], [], 0)[0]:
@@ -123,6 +125,6 @@ def _lines(fd: int) -> Iterator[bytes | None]:
             yield from rest[:-1]
             part = bytearray(rest[-1])
         if len(part) > LINE_BYTES_MAX:
-            break  # _append refuses it, after what came before it
+            break
     if part:
         yield bytes(part)

@@ -21,6 +21,7 @@ from typing import Any
 from mmapwal import Replica, recover
 from mmapwal.cli import output
 from mmapwal.cli.demo_check import (
+    Acknowledgement,
     Recovered,
     State,
     check_history,
@@ -32,6 +33,7 @@ from mmapwal.cli.demo_crash import journal_until_killed
 from mmapwal.cli.demo_machines import Catalog, Usage, mux
 from mmapwal.cli.demo_tree import Submission, Tree, collect
 from mmapwal.cli.opening import CannotRunError
+from mmapwal.errors import CorruptionError, IncompatibleFormatError, SnapshotError, StateMachineError
 
 DIFFERENCES_SHOWN = 20
 
@@ -90,7 +92,7 @@ class _Work:
             self.path = Path(tempfile.mkdtemp(prefix="mmapwal-demo-"))
         else:
             self.path = self._given.absolute()
-            self.path.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(exist_ok=True)
             if any(self.path.iterdir()):
                 raise CannotRunError(f"{self.path}: is not empty")
         return self
@@ -111,45 +113,64 @@ class _Work:
 def _play(tree: Tree, work: Path, chance: random.Random) -> dict[str, Any]:
     """All acts. Returns what was counted and measured, and `differences`, empty when all is well."""
     submitted = tree.entries
-    journal, options = work / "journal", _options(len(submitted))
     results: dict[str, Any] = {
         "entries": len(submitted),
         "paths": dict(tree.counts),
         "unreadable": tree.unreadable,
         "vanished": tree.vanished,
+        "differences": [],
     }
+    options = _options(len(submitted))
     acknowledged = journal_until_killed(submitted, work, options["slots"], chance)
     results["acknowledged"] = len(acknowledged)
+    try:
+        _recover_and_finish(results, work / "journal", options, acknowledged, submitted)
+        if not results["differences"]:
+            _open_again(results, work / "journal", options, submitted)
+    except (CorruptionError, IncompatibleFormatError, SnapshotError, StateMachineError) as e:
+        # No disk and no user can cause these here: the journal does not take what it wrote itself.
+        results["differences"].append(f"{type(e).__name__}: {e}")
+    return results
 
+
+def _recover_and_finish(
+    results: dict[str, Any],
+    journal: Path,
+    options: dict[str, Any],
+    acknowledged: Sequence[Acknowledgement],
+    submitted: Sequence[Submission],
+) -> None:
+    """After the crash: recovers, checks what came back, journals the rest, checkpoints, compacts."""
     catalog, usage = Catalog(), Usage()
     begun = time.perf_counter()
     with closing(recover(journal, mux(catalog, usage), **options)) as replica:
         results["recovery_s"] = time.perf_counter() - begun
         recovered = [Recovered(e.op, e.kind, bytes(e.payload)) for e in replica.journal.entries()]
         results["recovered"] = len(recovered)
-        results["recovery"] = replica.journal.report.outcome.value
+        results["tail"] = replica.journal.report.outcome.value
         state = State(catalog.paths, usage.types)
-        results["differences"] = [
-            *check_history(acknowledged, recovered, submitted),
-            *check_state(state, replay(submitted[: len(recovered)]), "after the crash"),
-        ]
+        results["differences"] += check_history(acknowledged, recovered, submitted)
+        results["differences"] += check_state(state, replay(submitted[: len(recovered)]), "after the crash")
         if results["differences"]:
-            return results
+            return
         results |= _finish(replica, submitted[len(recovered) :])
         results["bytes_before"] = replica.journal.stats().file_bytes
-        if submitted:
-            replica.checkpoint()
+        replica.checkpoint()
         replica.journal.compact()
         results["bytes_after"] = replica.journal.stats().file_bytes
-        results["differences"] = check_state(state, replay(submitted), "at the end")
+        results["differences"] += check_state(state, replay(submitted), "at the end")
 
+
+def _open_again(
+    results: dict[str, Any], journal: Path, options: dict[str, Any], submitted: Sequence[Submission]
+) -> None:
+    """After the close: the snapshot alone must make the same state."""
     catalog, usage = Catalog(), Usage()
     begun = time.perf_counter()
     with closing(recover(journal, mux(catalog, usage), **options)):
         results["reopen_s"] = time.perf_counter() - begun
-        again = State(catalog.paths, usage.types)
-        results["differences"] += check_state(again, replay(submitted), "opened again")
-    return results
+        state = State(catalog.paths, usage.types)
+        results["differences"] += check_state(state, replay(submitted), "opened again")
 
 
 def _options(entries: int) -> dict[str, Any]:
@@ -214,7 +235,8 @@ def _print(results: dict[str, Any]) -> None:
 
 
 def _rows(results: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    paths = ", ".join(f"{count:,} {name}s" for name, count in sorted(results["paths"].items()))
+    counts = sorted(results["paths"].items())
+    paths = ", ".join(f"{count:,} {name}{'s' if count > 1 else ''}" for name, count in counts)
     yield "read", paths or "an empty tree"
     for name in ("unreadable", "vanished"):
         if results[name]:
@@ -222,7 +244,7 @@ def _rows(results: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "entries", output.count_text(results["entries"])
     yield "acknowledged, then SIGKILL", f"{results['acknowledged']:,} (seed {results['seed']})"
     yield "recovered", output.count_text(results["recovered"])
-    yield "recovery time", f"{results['recovery_s'] * 1e3:.1f} ms, replay included ({results['recovery']})"
+    yield "recovery time", f"{results['recovery_s'] * 1e3:.1f} ms, replay included; tail {results['tail']}"
     for key, name in (("one_a_call", "one a call"), ("batched", f"{BATCH} a call")):
         figures = results[key]
         if figures["calls"]:

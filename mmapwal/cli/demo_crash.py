@@ -6,6 +6,7 @@ import json
 import os
 import random
 import select
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -31,7 +32,10 @@ def journal_until_killed(
     submitted: Sequence[Submission], work: Path, slots: int, chance: random.Random
 ) -> list[Acknowledgement]:
     """Lets a child journal the entries until it has acknowledged a random number of them, kills it
-    there, and returns all that it acknowledged until it was dead."""
+    there, and returns all that it acknowledged until it was dead.
+
+    CannotRunError when the child ends by itself, or goes silent.
+    """
     save(submitted, work / "submitted")
     kill_after = chance.randint(1, max(1, len(submitted) * 3 // 4)) if submitted else 0
     command = [sys.executable, "-P", "-c", CHILD, "journal", "submitted", str(slots)]
@@ -56,7 +60,7 @@ def journal_until_killed(
             if len(acknowledged) == kill_after:
                 child.kill()
         child.wait()
-    if len(acknowledged) < kill_after:
+    if child.returncode != -signal.SIGKILL:
         said = log.read_text(errors="replace").strip().splitlines()
         raise CannotRunError(
             f"the child ended by itself ({child.returncode}): {said[-1] if said else 'no word'}"

@@ -43,13 +43,13 @@ def collect(root: str) -> Tree:
     while folders:
         folder = folders.pop()
         try:
-            names = sorted(os.listdir(os.path.join(root, folder)), key=os.fsencode)  # noqa: PTH118, PTH208
+            names = os.listdir(os.path.join(root, folder) if folder else root)  # noqa: PTH118, PTH208
         except OSError:
             if not folder:
                 raise
             tree.unreadable += 1
             continue
-        for name in names:
+        for name in sorted(names, key=os.fsencode):
             path = f"{folder}/{name}" if folder else name
             try:
                 info = os.lstat(os.path.join(root, path))  # noqa: PTH118  # Path would be ten times as slow

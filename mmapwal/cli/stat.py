@@ -44,9 +44,13 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         output.json_line({name: _plain(part) for name, part in parts.items()})
         return 0
-    titles = {"journal": f"journal {args.directory}", "stats": "holds", "report": "opening it"}
+    titles = {
+        "journal": f"journal {args.directory}",
+        "stats": "holds (counters since it was opened)",
+        "report": "opening it",
+    }
     for name, part in parts.items():
-        output.table(titles[name], [(field.replace("_", " "), _text(field, v)) for field, v in part.items()])
+        output.table(titles[name], [(_name(field), _text(field, v)) for field, v in part.items()])
     return 0
 
 
@@ -59,6 +63,10 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     return value
+
+
+def _name(field: str) -> str:
+    return field.removesuffix("_s").replace("_", " ")
 
 
 def _text(field: str, value: Any) -> str:

@@ -267,15 +267,16 @@ class CrashDisk:
 
         Locks are let go; this object and the storages it has opened answer EBADF from now on, and stores
         into their mappings reach nothing. What was not synced can still be lost later, and no sync of
-        the next process covers what this one wrote.
+        the next process covers what this one wrote. Killing what is dead kills nobody.
         """
         world = self._world
-        world.observe()
-        world.process += 1
-        world.locked.clear()
-        for file in world.files.values():
-            file.data = bytearray(file.data)
-            file.seen = None
+        if self._process == world.process:
+            world.observe()
+            world.process += 1
+            world.locked.clear()
+            for file in world.files.values():
+                file.data = bytearray(file.data)
+                file.seen = None
         return CrashDisk._make(world, self._node, self._path)
 
     def replay(self) -> Replay:
@@ -292,10 +293,11 @@ class CrashDisk:
     ) -> Iterator[CrashDisk]:
         """Disks that a crash after the first `after` effects (None: all of them) may leave.
 
-        Every one when there are no more than `max_states` (4096: so with 12 unsynced sectors and names,
-        each changed once, all of them; of more than 7 changes to names the orders are sampled); else
+        Every one when there are no more than `max_states` (4096: with 12 unsynced sectors and names, each
+        changed once, that is all of them; of more than 7 changes to names the orders are sampled); else
         a sample by `seed`, in which are always: nothing of what is unsynced, all of it, each single
-        effect missing, and each single one alone. No two are the same. Each is a CrashDisk with a record of its own, so that a recovery can be crashed too.
+        effect missing, and each single one alone. No two are the same. Each is a CrashDisk with a
+        record of its own, so that a recovery can be crashed too.
         ValueError when there are not so many effects.
         """
         effects = self.effects
