@@ -568,7 +568,7 @@ def _sync_often(engine: Engine, interval_s: float, stop: threading.Event) -> Non
     while not stop.wait(interval_s):
         try:
             engine.sync()
-        except PoisonedError:
+        except (PoisonedError, ClosedError):
             return
         except (OSError, JournalError) as e:
             log.info("a background sync failed: %s", e)
