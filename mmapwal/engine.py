@@ -100,6 +100,8 @@ class Engine:
         self._preparer: threading.Thread | None = None
         self.index: SlotIndex
         self.segments: SegmentSet
+        if fmt.SUPERBLOCK_NAME not in directory.names():
+            self._check_empty()  # before a lock file is left in a directory that is not ours
         directory.lock(fmt.LOCK_NAME)
         try:
             self._open()
@@ -157,7 +159,8 @@ class Engine:
         self._remove_strangers()
         watch.lap("writer")
 
-    def _create(self) -> Superblock:
+    def _check_empty(self) -> None:
+        """Whether a journal may be made here."""
         names = [n for n in self.directory.names() if n not in {fmt.LOCK_NAME, fmt.SUPERBLOCK_SPARE_NAME}]
         if any(fmt.is_ours(n) or n == fmt.INDEX_NAME for n in names):
             raise CorruptionError(
@@ -168,6 +171,9 @@ class Engine:
         strangers = [n for n in names if n != fmt.SNAPSHOTS_NAME]
         if strangers:
             raise JournalError(f"{self.directory} holds something else: {', '.join(strangers[:3])}")
+
+    def _create(self) -> Superblock:
+        self._check_empty()
         superblock = Superblock(
             uuid=os.urandom(16),
             slot_count=self.options.slots or SLOTS_DEFAULT,

@@ -130,10 +130,15 @@ class Journal:
             create=create, durability=durability, sync_method=sync_method, slots=slots,
             segment_bytes=segment_bytes, align_bytes=commit_align_bytes, progress=progress,
         )  # fmt: skip
-        self._engine = engine = Engine(directory, options)
+        try:
+            self._engine = engine = Engine(directory, options)
+        except BaseException:
+            if storage is None:
+                directory.close()
+            raise
         self._reader = Reader(engine, verify_reads=verify_reads)
         self._max_payload_bytes = max_payload_bytes
-        self._max_batch_bytes = max(max_payload_bytes, engine.superblock.segment_bytes)
+        self._max_batch_bytes = max(fmt.frame_bytes(max_payload_bytes), engine.superblock.segment_bytes)
         self._clock = None if clock is time.time_ns else clock
         self._flags = lib.MW_NOW if self._clock is None else 0
         self._native_append = lib.mw_append
@@ -225,7 +230,7 @@ class Journal:
     ) -> range:  # fmt: skip
         """Appends entries with consecutive ops from `first_op` as one batch: after a crash all of them
         are there or none. Returns their ops; an empty batch writes nothing. `kind` is for all, or
-        `kinds` one each. A batch is bounded by max(max_payload_bytes, segment_bytes), frames included:
+        `kinds` one each. A batch with its frames is bounded by what one payload may take, or a segment:
         PayloadTooLargeError says by how much. Else as append().
         """
         parts = [p if type(p) is bytes else self._bytes(p) for p in payloads]
@@ -496,18 +501,22 @@ class Journal:
 
     @property
     def slots(self) -> int:
+        """How many entries can live at once, gaps in the ops counted."""
         return self._engine.superblock.slot_count
 
     @property
     def segment_bytes(self) -> int:
+        """The size of a segment file."""
         return self._engine.superblock.segment_bytes
 
     @property
     def uuid(self) -> bytes:
+        """16 random bytes that every file of the journal carries."""
         return self._engine.superblock.uuid
 
     @property
     def durability(self) -> Durability:
+        """What an append has done when it returns."""
         return self._engine.options.durability
 
     @property
