@@ -11,7 +11,6 @@ import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -123,7 +122,7 @@ class Journal:
         _choice("max_payload_bytes", max_payload_bytes, 0, fmt.PAYLOAD_BYTES_MAX)
         if sync_interval_ms is not None and not sync_interval_ms > 0:
             raise ValueError(f"sync_interval_ms is above 0; not {sync_interval_ms}")
-        directory = storage if storage is not None else _open_directory(path, create=create)
+        directory = storage if storage is not None else SystemDirectory(path, create=create)
         self.path = directory.path if isinstance(directory, SystemDirectory) else None
         self.directory = directory
         options = Options(
@@ -549,13 +548,6 @@ class Journal:
         while it reads everything. Changes nothing. OSError when the disk fails."""
         self._engine.check_usable()
         return verify_open(self._engine, progress)
-
-
-def _open_directory(path: str | os.PathLike[str], *, create: bool) -> SystemDirectory:
-    where = Path(path)
-    if create and not where.exists() and where.parent.is_dir():
-        where.mkdir(mode=0o700, exist_ok=True)
-    return SystemDirectory(where, create=create)
 
 
 def _out_of_range(error: Exception, kind: Any, timestamp: Any) -> Exception:
