@@ -221,7 +221,7 @@ class Journal:
         if done > 0:
             return done  # type: ignore[no-any-return]
         args = (self._writer, data, length, op, kind, timestamp or 0, flags)
-        return self._append_again(done, lambda: self._native_append(*args), fmt.frame_bytes(length), op)
+        return self._append_again(done, self._native_append, args, fmt.frame_bytes(length), op)
 
     def append_many(
         self, payloads: Iterable[Buffer], *, first_op: int | None = None, kind: int = 0,
@@ -266,10 +266,12 @@ class Journal:
         except (OverflowError, TypeError) as e:
             raise _out_of_range(e, kind, None) from None
         if done <= 0:
-            done = self._append_again(done, lambda: lib.mw_append_many(*args), total, first)
+            done = self._append_again(done, lib.mw_append_many, args, total, first)
         return range(done, done + len(parts))
 
-    def _append_again(self, code: int, call: Callable[[], int], frame_bytes: int, op: int) -> int:
+    def _append_again(
+        self, code: int, call: Callable[..., int], args: tuple[Any, ...], frame_bytes: int, op: int
+    ) -> int:
         """What the C helper cannot do by itself: a segment, an epoch, waiting for a removal."""
         engine = self._engine
         while code <= 0:
@@ -284,7 +286,7 @@ class Journal:
                     pass
             else:
                 raise engine.error(code, op)
-            code = call()
+            code = call(*args)
         return code
 
     def _buffer(self, payload: Any) -> tuple[Any, int]:
