@@ -247,6 +247,9 @@ class Engine:
         if writer == ffi.NULL:
             raise OSError(errno.EIO, "the index cannot be read", fmt.INDEX_NAME)
         self.writer = ffi.gc(writer, lib.mw_writer_free)
+        # overlayfs copies a file up when it is opened for writing; a mapping made before keeps showing
+        # the lower one. So what is written from now on is mapped through the descriptor that writes.
+        self.segments.unmap(found.tail_lsn)
         for record in superblock.segments:
             if record.next_base_lsn > found.tail_lsn:
                 self._add_target(record)

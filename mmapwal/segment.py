@@ -297,11 +297,14 @@ class SegmentSet:
 
     def bound_mappings(self) -> None:
         """Lets go of the mappings of segments that are only read, when there are too many."""
-        if self.table.mapped_count <= MAPPINGS_MAX:
-            return
+        if self.table.mapped_count > MAPPINGS_MAX:
+            self.unmap(0)
+
+    def unmap(self, from_lsn: int) -> None:
+        """Lets go of the mappings from an LSN on, but not of what is being written."""
         fresh = []
         for segment in self.table.segments:
-            if segment.is_writing:
+            if segment.is_writing or not segment.is_mapped or segment.record.next_base_lsn <= from_lsn:
                 fresh.append(segment)
             else:
                 segment.retire(self.held)
