@@ -1,0 +1,172 @@
+"""What all tests share: the rule for tests that cannot run here, and a journal on every kind of storage."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import settings
+
+from mmapwal.storage import Directory, FileStorage, MemoryDirectory, SystemDirectory
+
+if TYPE_CHECKING:
+    from mmapwal import Journal
+
+KINDS = ("mapped", "file", "memory")
+NOTHING_SKIPS = os.environ.get("MMAPWAL_CI") == "1"
+
+settings.register_profile("mmapwal", deadline=None, print_blob=True)
+settings.load_profile("mmapwal")
+
+
+# --- a skip says why, and is a failure where everything must run ------------------------------------
+
+
+def _refuse_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
+    if NOTHING_SKIPS and report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome = "failed"
+        report.longrepr = f"nothing may skip with MMAPWAL_CI=1: {reason}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    _refuse_skip(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    _refuse_skip(report)
+    return report
+
+
+@pytest.fixture(scope="session")
+def require() -> Callable[[object, str], None]:
+    """`require(condition, reason)` skips the test where it cannot run; with MMAPWAL_CI=1 that fails."""
+
+    def check(condition: object, reason: str) -> None:
+        if not condition:
+            pytest.skip(reason)
+
+    return check
+
+
+# --- child processes ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs a script in another interpreter, with warnings as errors; the test looks at how it ended."""
+
+    def run(
+        script: str, *arguments: object, preload: Path | None = None, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        env = os.environ | environment
+        if preload is not None:  # behind what is there: a sanitizer's library must come first
+            env["LD_PRELOAD"] = f"{env.get('LD_PRELOAD', '')} {preload}".strip()
+        command = [sys.executable, "-W", "error", "-c", script, *map(str, arguments)]
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+
+    return run
+
+
+# --- the same journal on each kind of storage ---------------------------------------------------------
+
+
+class Home:
+    """Where one journal lives: opens it again and again, on the same files."""
+
+    def __init__(self, kind: str, path: Path) -> None:
+        self.kind = kind
+        self.path = path
+        self.memory = MemoryDirectory(path.name)
+        self._given: list[Journal | Directory | Home] = []
+
+    def directory(self) -> Directory:
+        """The files. On memory it is one object for all; on the others a new descriptor each time."""
+        if self.kind == "memory":
+            return self.memory
+        storage: dict[str, Any] = {"storage": FileStorage} if self.kind == "file" else {}
+        given = SystemDirectory(self.path, **storage)
+        self._given.append(given)
+        return given
+
+    def open(self, **options: Any) -> Journal:
+        from mmapwal import Journal
+
+        if self.kind != "mapped":
+            options.setdefault("storage", self.directory())
+        journal = Journal(self.path, **options)
+        self._given.append(journal)
+        return journal
+
+    def after_kill(self) -> Home:
+        """Another home with the files as they are at this instant: what kill -9 would leave behind."""
+        copy = Home(self.kind, self.path.with_name(f"{self.path.name}-killed-{len(self._given)}"))
+        self._given.append(copy)
+        _copy_files(self.directory(), copy.directory())
+        return copy
+
+    def close(self) -> None:
+        """Closes what is still open; an error of one does not keep the others open, and is raised."""
+        errors = []
+        while self._given:
+            try:
+                self._given.pop().close()
+            except Exception as e:  # noqa: BLE001  # raised below, with those of the others
+                errors.append(e)
+        if errors:
+            raise ExceptionGroup("closing what the test left open", errors)
+
+
+def _copy_files(old: Directory, new: Directory) -> None:
+    for name in old.names():
+        try:
+            source = old.open(name)
+        except (FileNotFoundError, OSError):  # a subdirectory is no file
+            _copy_files(old.subdirectory(name), new.subdirectory(name))
+            continue
+        target = new.create(name)
+        target.write_at(0, source.read_at(0, len(source)))
+        target.close()
+        if not isinstance(old, MemoryDirectory):
+            source.close()
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    """The kind of storage: "mapped", "file" or "memory"."""
+    return str(request.param)
+
+
+@pytest.fixture
+def make_home(kind: str, tmp_path: Path) -> Iterator[Callable[[str], Home]]:
+    """`make_home(name)`: the home of that name; the same name gives the same one again."""
+    homes: dict[str, Home] = {}
+
+    def make(name: str) -> Home:
+        return homes.setdefault(name, Home(kind, tmp_path / name))
+
+    yield make
+    for home in homes.values():
+        home.close()
+
+
+@pytest.fixture
+def home(make_home: Callable[[str], Home]) -> Home:
+    """A journal's home, empty at first, on each kind of storage."""
+    return make_home("j")
+
+
+@pytest.fixture
+def make_directory(make_home: Callable[[str], Home]) -> Callable[[str], Directory]:
+    """`make_directory(name)`: a Directory; the same name gives the same files again."""
+    return lambda name: make_home(name).directory()

@@ -1,0 +1,252 @@
+"""No effect on a file happens behind the seam's back: strace sees every system call, and each one lies
+inside a call of Directory or Storage, or is one of the commits that the C helper counts."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+EFFECTS = [
+    *("write", "writev", "pwrite64", "pwritev", "pwritev2", "copy_file_range", "sendfile", "splice"),
+    *("fsync", "fdatasync", "sync_file_range", "msync", "syncfs", "sync"),
+    *("rename", "renameat", "renameat2", "unlink", "unlinkat", "rmdir", "mkdir", "mkdirat"),
+    *("link", "linkat", "symlink", "symlinkat", "open", "openat", "openat2", "creat"),
+    *("truncate", "ftruncate", "fallocate", "ioctl"),
+]
+MARKS = ["access", "faccessat", "faccessat2"]
+
+# Every call of the seam is bracketed by two system calls that do nothing but can be seen.
+BRACKETS = """
+import functools, os, sys, threading
+from mmapwal import *
+from mmapwal import storage as seam
+
+depth = threading.local()
+
+def bracketed(function):
+    @functools.wraps(function)
+    def call(*arguments, **named):
+        depth.n = getattr(depth, "n", 0) + 1
+        if depth.n == 1:
+            os.access("/seam-begin", 0)
+        try:
+            return function(*arguments, **named)
+        finally:
+            depth.n -= 1
+            if depth.n == 0:
+                os.access("/seam-end", 0)
+    return call
+
+CALLS = {n for p in (Storage, Directory) for n, f in vars(p).items() if callable(f)}
+CALLS -= {"__init__", "__str__", "__subclasshook__", "__init_subclass__", "__class_getitem__"}
+"""
+
+# The journal on its own files: the C helper commits by itself, and counts.
+ON_SYSTEM_FILES = """
+for owner in (seam.SystemDirectory, seam.MappedStorage, *seam.MappedStorage.__mro__[1:-1]):
+    for name in CALLS & set(vars(owner)):
+        setattr(owner, name, bracketed(vars(owner)[name]))
+seam.SystemDirectory.__init__ = bracketed(seam.SystemDirectory.__init__)
+storage = lambda: None
+"""
+
+# The journal on an injected storage: the C helper's commits go through it too.
+ON_INJECTED_FILES = """
+class Injected:
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __len__(self):
+        return len(self.inner)
+
+    def __getattr__(self, name):
+        found = getattr(self.inner, name)
+        if name in {"create", "open", "subdirectory"}:
+            return lambda *a, **k: Injected(bracketed(found)(*a, **k))
+        return bracketed(found) if name in CALLS else found
+
+storage = lambda: Injected(bracketed(SystemDirectory)(sys.argv[1]))
+"""
+
+SCENARIO = """
+options = {"sync_method": SyncMethod[sys.argv[2]], "durability": Durability[sys.argv[3]]}
+
+def count(journal):
+    journal.sync()
+    stats = journal.stats()
+    os.write(1, f"{stats.commits} {stats.syncs}\\n".encode())
+
+class Machine:
+    def __init__(self): self.applied = 0
+    def apply(self, entry): self.applied += 1
+    def snapshot(self): return b"%d" % self.applied
+    def restore(self, snapshot): self.applied = int(bytes(snapshot))
+
+child = os.fork()
+if child == 0:  # made, written to over several segments, and never closed
+    journal = Journal(sys.argv[1], slots=256, segment_bytes=32768, storage=storage(), **options)
+    for _ in range(100):
+        journal.append(bytes(600))
+    count(journal)
+    os._exit(0)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+replica = recover(sys.argv[1], Machine(), storage=storage(), **options)
+for _ in range(30):
+    replica.submit(bytes(700))
+replica.checkpoint()
+count(replica.journal)
+replica.close()
+
+with Journal(sys.argv[1], storage=storage(), **options) as journal:
+    base = journal.snapshot_op
+    journal.append_many([bytes(900)] * 50)
+    journal.append(bytes(100_000))  # larger than a segment
+    journal.drain(base + 10, base + 20)
+    journal.set_snapshot_op(base + 5)
+    journal.compact()
+    journal.truncate_from(base + 45)
+    journal.set_user_data(b"term")
+    journal.verify()
+    list(journal.payloads())
+    count(journal)
+"""
+
+
+class Call(NamedTuple):
+    """One system call that changes something, and whether it lay inside a call of the seam."""
+
+    name: str
+    inside: bool
+    line: str
+
+
+def is_effect(name: str, line: str) -> bool:
+    if name in {"open", "openat", "openat2"}:
+        return "O_CREAT" in line or "O_TRUNC" in line
+    if name == "ioctl":
+        return "SETFLAGS" in line or "FICLONE" in line
+    return True
+
+
+def effects(trace: Path, below: Path) -> list[Call]:
+    """The calls on files below the directory (msync, which names no file: all), by thread."""
+    inside: dict[str, bool] = {}
+    found = []
+    for line in trace.read_text().splitlines():
+        match = re.match(r"(\d+) +(\w+)\((.*)", line)  # the second half of an interrupted line has none
+        if match is None:
+            continue
+        thread, name, rest = match.groups()
+        if name in MARKS:
+            if "/seam-" in rest:
+                inside[thread] = "/seam-begin" in rest
+        elif is_effect(name, rest) and (name in {"msync", "sync"} or str(below) in rest):
+            found.append(Call(name, inside.get(thread, False), line))
+    return found
+
+
+@pytest.fixture(scope="session")
+def strace(require: Callable[[object, str], None]) -> str:
+    program = shutil.which("strace")
+    require(program, "strace is not installed")
+    works = subprocess.run([str(program), "-o", "/dev/null", "true"], capture_output=True, check=False)
+    require(works.returncode == 0, "strace may not trace here")
+    return str(program)
+
+
+class Run(NamedTuple):
+    """What a traced script did."""
+
+    effects: list[Call]
+    output: str
+
+
+@pytest.fixture
+def traced(strace: str, tmp_path: Path) -> Callable[..., Run]:
+    def run(script: str, *arguments: str) -> Run:
+        journal, trace = tmp_path / "parent" / "journal", tmp_path / "trace"
+        journal.parent.mkdir()
+        names = ",".join(f"?{name}" for name in EFFECTS + MARKS)
+        command = [strace, "-f", "-y", "-s", "64", "-o", trace, "-e", f"trace={names}"]
+        child = [sys.executable, "-W", "error", "-c", script, journal, *arguments]
+        done = subprocess.run([*command, *child], capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+        return Run(effects(trace, journal.parent), done.stdout)
+
+    return run
+
+
+def counted(run: Run) -> tuple[int, int]:
+    """Commits and syncs, as the journals counted them."""
+    rows = [tuple(map(int, line.split())) for line in run.output.splitlines()]
+    assert len(rows) == 3
+    return sum(commits for commits, _ in rows), sum(syncs for _, syncs in rows)
+
+
+# What one commit and one sync of the helper are as system calls.
+COMMITS = [
+    ("DSYNC", "SYNC", lambda commits, _: {"pwritev2": commits}),
+    ("FDATASYNC", "SYNC", lambda commits, syncs: {"pwrite64": commits, "fdatasync": syncs}),
+    ("MSYNC", "SYNC", lambda _, syncs: {"msync": syncs}),
+    ("DSYNC", "OS", lambda commits, syncs: {"pwrite64": commits, "fdatasync": syncs}),
+    ("FDATASYNC", "BUFFERED", lambda commits, syncs: {"pwrite64": commits, "fdatasync": syncs}),
+]
+
+
+@pytest.mark.parametrize(("method", "durability", "expected"), COMMITS)
+def test_every_effect_outside_the_seam_is_a_commit_that_the_helper_counted(
+    traced: Callable[..., Run],
+    method: str,
+    durability: str,
+    expected: Callable[[int, int], dict[str, int]],
+) -> None:
+    run = traced(BRACKETS + ON_SYSTEM_FILES + SCENARIO, method, durability)
+    assert any(call.inside for call in run.effects)
+    outside = [call for call in run.effects if not call.inside]
+    assert dict(Counter(call.name for call in outside)) == expected(*counted(run))
+    assert [c.line for c in outside if c.name != "msync" and "/segment-" not in c.line] == []
+
+
+@pytest.mark.parametrize(
+    ("method", "durability"), [("DSYNC", "SYNC"), ("FDATASYNC", "SYNC"), ("DSYNC", "OS")]
+)
+def test_no_effect_at_all_passes_an_injected_storage_by(
+    traced: Callable[..., Run], method: str, durability: str
+) -> None:
+    run = traced(BRACKETS + ON_INJECTED_FILES + SCENARIO, method, durability)
+    assert len(run.effects) > 200
+    assert [call.line for call in run.effects if not call.inside] == []
+
+
+ONE_APPEND = """
+with Journal(sys.argv[1], slots=256, segment_bytes=1 << 20, sync_method=SyncMethod[sys.argv[2]]) as journal:
+    for _ in range(3):
+        journal.append(bytes(256))
+    os.access("/seam-begin", 0)
+    for _ in range(20):
+        journal.append(bytes(256))
+    os.access("/seam-end", 0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("method", "calls"),
+    [("DSYNC", {"pwritev2": 20}), ("FDATASYNC", {"pwrite64": 20, "fdatasync": 20}), ("MSYNC", {"msync": 20})],
+)
+def test_a_durable_append_is_one_write_and_one_flush_and_nothing_else(
+    traced: Callable[..., Run], method: str, calls: dict[str, int]
+) -> None:
+    run = traced("import os, sys\nfrom mmapwal import *\n" + ONE_APPEND, method)
+    appends = [call for call in run.effects if call.inside]
+    assert dict(Counter(call.name for call in appends)) == calls
+    if method == "DSYNC":
+        assert all("RWF_DSYNC" in call.line for call in appends)
