@@ -1,0 +1,267 @@
+"""Every call on the seam fails once: a typed error, a journal that is usable or poisoned, nothing lost."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from mmapwal import Durability, Journal, JournalError, PoisonedError, SyncMethod
+from mmapwal.testing import CrashDisk, Fault, FaultDirectory, When, assert_crash_safe, every_fault
+
+from .story import OPTIONS, Contents, Note, Story, check, close_dead, contents_of, find, told
+
+FAULTS = [
+    (errno.EIO, When.BEFORE),
+    (errno.EIO, When.AFTER),
+    (errno.EIO, When.UNSYNCED),
+    (errno.ENOSPC, When.BEFORE),
+    (errno.ENOSPC, When.AFTER),
+    (errno.ENOSPC, When.SHORT),
+]
+parametrize_faults = pytest.mark.parametrize(
+    ("error", "when"), FAULTS, ids=[f"{errno.errorcode[e]}-{w.value}" for e, w in FAULTS]
+)
+Step = Callable[[Story], Any]
+
+STEPS: list[Step] = [
+    lambda s: s.append(b"one" * 30),
+    lambda s: s.append_many([b"two" * 200, b"three", b"four" * 400]),
+    lambda s: s.append(b"five" * 1200),
+    lambda s: s.append(b"six" * 1400),
+    lambda s: s.append(b"seven" * 900),
+    lambda s: s.drain(2, 3),
+    lambda s: s.append(b"two again", op=2, replace=True),
+    lambda s: s.append(b"large" * 3000),
+    lambda s: s.truncate_from(7),
+    lambda s: s.append(b"seven again" * 100),
+    lambda s: s.set_snapshot_op(4),
+    lambda s: s.compact(),
+    lambda s: s.set_user_data(b"term"),
+    lambda s: s.append_many([b"last"] * 3),
+    lambda s: s.sync(),
+]
+
+
+class FaultyLife:
+    """Steps on a disk with one failing call; what they come to is held against what was promised."""
+
+    def __init__(self, fault: Fault, disk: CrashDisk | None = None, **options: Any) -> None:
+        self.fault = fault
+        self.notes: list[Note] = []
+        self.disk = disk or CrashDisk()
+        self.story: Story | None = None
+        self.options = options
+
+    def run(self, steps: list[Step]) -> None:
+        try:
+            self.story = Story(
+                self.disk, self.notes.append, wrap=lambda d: FaultDirectory(d, self.fault), **self.options
+            )
+        except (JournalError, OSError) as e:
+            self.check_error(e)
+            return
+        for step in steps:
+            try:
+                step(self.story)
+            except (JournalError, OSError) as e:
+                self.check_error(e)
+            if self.story.journal.poisoned is not None:
+                self.check_poisoned()
+                return
+            self.check_usable()
+        try:
+            self.story.close()
+        except (JournalError, OSError) as e:
+            self.check_error(e)
+
+    def check_error(self, error: Exception) -> None:
+        """It says what happened: the error of the disk, or one that has it as its cause."""
+        assert self.fault.struck, error
+        if not isinstance(error, OSError):
+            assert isinstance(error, JournalError)
+            error = error.__cause__  # type: ignore[assignment]
+        assert isinstance(error, OSError), error
+        assert error.errno == self.fault.error, error
+
+    def check_poisoned(self) -> None:
+        assert self.story is not None
+        journal = self.story.journal
+        for call in (
+            lambda: journal.append(b"x"),
+            journal.sync,
+            journal.compact,
+            lambda: journal.drain(1, 9),
+        ):
+            with pytest.raises(PoisonedError) as caught:
+                call()
+            assert caught.value.stage
+            assert isinstance(caught.value.__cause__, OSError)
+
+    def check_usable(self) -> None:
+        assert self.story is not None
+        try:
+            found = contents_of(self.story.journal)
+        except (JournalError, OSError) as e:
+            self.check_error(e)
+            if self.fault.times is None:  # reading hands buffered entries to a disk that is full
+                return
+            found = contents_of(self.story.journal)
+        assert found == self.story.expected.now
+
+    def end(self) -> None:
+        if self.story is not None:
+            close_dead(self.story.journal)
+
+
+@pytest.fixture
+def lives() -> Iterator[list[FaultyLife]]:
+    made: list[FaultyLife] = []
+    yield made
+    for life in made:
+        life.end()
+
+
+def start(lives: list[FaultyLife], fault: Fault, **options: Any) -> FaultyLife:
+    lives.append(FaultyLife(fault, **options))
+    return lives[-1]
+
+
+@parametrize_faults
+@pytest.mark.parametrize(
+    ("durability", "method"),
+    [
+        (Durability.SYNC, SyncMethod.DSYNC),
+        (Durability.SYNC, SyncMethod.FDATASYNC),
+        (Durability.OS, SyncMethod.DSYNC),
+    ],
+    ids=["write and sync in one", "write, then sync", "sync now and then"],
+)
+def test_whatever_call_fails_nothing_acknowledged_is_lost(
+    error: int, when: When, durability: Durability, method: SyncMethod, lives: list[FaultyLife]
+) -> None:
+    """After the failure: opened again in the same boot, and after a power cut."""
+    for fault in every_fault(error=error, when=when):
+        life = start(lives, fault, disk=CrashDisk(sync_method=method), durability=durability)
+        life.run(STEPS)
+        for n, state in enumerate(life.disk.crash_states(max_states=4, seed=fault.nth)):
+            if n < 3 or fault.nth % 8 == 0:
+                check_with(fault, state, life.notes)
+        life.end()
+        check_with(fault, life.disk.kill(), life.notes)
+
+
+def check_with(fault: Fault, disk: CrashDisk, notes: list[Note]) -> None:
+    try:
+        check(disk, notes)
+    except Exception as e:
+        raise AssertionError(f"after {fault!r}: {type(e).__name__}: {e}") from e
+
+
+def killed() -> tuple[Story, list[Note]]:
+    """A journal with removals, a rotation and an unproven tail, whose process died."""
+    notes: list[Note] = []
+    story = Story(CrashDisk(), notes.append, durability=Durability.OS)
+    for step in STEPS[:-1]:
+        step(story)
+    story.kill()
+    return story, notes
+
+
+@parametrize_faults
+def test_whatever_call_fails_while_opening_after_a_kill_the_next_open_finds_all(
+    error: int, when: When
+) -> None:
+    for fault in every_fault(error=error, when=when):
+        story, notes = killed()
+        open_with(fault, story.disk, notes, story.expected.now)
+
+
+@parametrize_faults
+def test_whatever_call_fails_while_opening_after_a_power_cut_the_next_open_finds_all(
+    error: int, when: When
+) -> None:
+    story, notes = killed()
+    *_, all_of_it = itertools.islice(story.disk.crash_states(), 2)
+    for fault in every_fault(error=error, when=when):
+        copy = next(all_of_it.crash_states())
+        open_with(fault, copy, notes, story.expected.now)
+
+
+def open_with(fault: Fault, disk: CrashDisk, notes: list[Note], wanted: Contents) -> None:
+    """It opens and shows all that was written, or says why not; and so does the next open."""
+    try:
+        journal = Journal("journal", storage=FaultDirectory(disk, fault), **OPTIONS)
+    except OSError as e:
+        assert fault.struck
+        assert e.errno == fault.error
+    else:
+        notes = [*notes, ("found", wanted)]
+        try:
+            find(journal, [wanted])
+        except OSError as e:
+            assert e.errno == fault.error
+        finally:
+            disk.kill()
+            close_dead(journal)
+    for state in disk.crash_states(max_states=2, seed=fault.nth):
+        check_with(fault, state, notes)
+    check_with(fault, disk.kill(), notes)
+
+
+@pytest.mark.parametrize("durability", list(Durability))
+def test_a_disk_that_is_full_for_a_while_is_survived(durability: Durability, lives: list[FaultyLife]) -> None:
+    """From the nth write or create on there is no space; then there is, and the journal goes on."""
+    kinds = {"write", "write_sync", "create", "truncate"}
+    for fault in every_fault(kinds=kinds, error=errno.ENOSPC, when=When.SHORT, times=None):
+        disk = CrashDisk(sync_method=SyncMethod.FDATASYNC)
+        life = start(lives, fault, disk=disk, durability=durability)
+        life.run([*STEPS[:8], lambda s, f=fault: f.lift(), *STEPS[8:]])
+        life.end()
+        fault.lift()
+        check_with(fault, disk.kill(), life.notes)
+
+
+@pytest.mark.parametrize("when", [When.BEFORE, When.SHORT, When.AFTER])
+def test_after_a_write_that_found_no_space_the_journal_goes_on(when: When) -> None:
+    """Where a write is apart from its sync: the entry is not there, and its op is taken by the next."""
+    fault = Fault(1 << 30, kinds="write", error=errno.ENOSPC, when=when)
+
+    def script(story: Story) -> None:
+        story.append(b"one")
+        fault.nth = fault.calls + 1
+        with pytest.raises(OSError, match="No space left"):
+            story.append(b"no room")
+        assert story.journal.poisoned is None
+        assert 2 not in story.journal
+        assert story.append(b"two") == 2
+        assert bytes(story.journal.read(2)) == b"two"
+
+    with told(script, wrap=lambda d: FaultDirectory(d, fault)) as scenario:
+        assert_crash_safe(scenario, check, disk=CrashDisk(sync_method=SyncMethod.FDATASYNC), max_states=300)
+
+
+def test_a_sync_that_failed_once_is_never_believed_again() -> None:
+    """The second sync of the same pages would succeed and prove nothing: the journal is poisoned, and
+    recovery in the same boot writes the tail again before anything is built on it."""
+    fault = Fault(1 << 30, kinds={"sync", "write_sync"}, when=When.UNSYNCED)
+
+    def script(story: Story) -> None:
+        story.append(b"one" * 200)
+        fault.nth = fault.calls + 1
+        with pytest.raises(PoisonedError, match="sync of a commit"):
+            story.append(b"two" * 200)
+        with pytest.raises(PoisonedError):
+            story.journal.sync()
+        assert 2 not in story.journal
+        close_dead(story.journal)
+        story.open()
+        story.note("found", find(story.journal, story.expected.accepted))
+        story.append(b"three")
+
+    for method in (SyncMethod.DSYNC, SyncMethod.FDATASYNC):
+        with told(script, wrap=lambda d: FaultDirectory(d, fault)) as scenario:
+            assert_crash_safe(scenario, check, disk=CrashDisk(sync_method=method), max_states=300)
