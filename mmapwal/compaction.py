@@ -71,9 +71,11 @@ def compact_in_turn(engine: Engine, *, hidden_too: bool = False) -> int:
     left that a removal hides, and the removals can go. The caller is the only one who shrinks."""
     if hidden_too:
         engine.rotate()
+    # In this order: a segment that was left before the copy has all its frames in it, and all that the
+    # copy names is durable before anything is called dead.
+    tail_id = engine.state().tail_id
     live = Live(engine.index.copy())
     engine.sync()
-    tail_id = engine.state().tail_id
     dropped: list[SegmentRecord] = []
     renewed: dict[int, SegmentRecord] = {}
     freed = 0

@@ -213,7 +213,7 @@ class Engine:
             watch.lap("rewrite")
         kept = [r for r in records if r.base_lsn <= found.tail_lsn]
         if self.report.outcome in {RecoveryRow.SEALED, RecoveryRow.CLEAN}:
-            kept = list(records)  # the one prepared ahead is still blank
+            kept = list(records[: len(kept) + 1])  # the one prepared ahead is still blank
         self._file.commit(replace(superblock, segments=tuple(kept)).with_epoch(found.tail_lsn))
         if found.slots is None:
             self.directory.sync_parent()
@@ -367,14 +367,17 @@ class Engine:
             self.poison(e.stage, e.__cause__)
             raise self.poisoned() from e.__cause__
         except BaseException as e:
-            if self._file.current is before:
+            if self._file.current is before and not self._file.in_doubt:
                 raise
             self.poison("taking over the new superblock", e)
             raise self.poisoned() from e
         return result
 
     def remove_files(self, names: Iterable[str]) -> list[str]:
-        """Unlinks what no superblock names. What fails is tried again at the next open."""
+        """Unlinks what no superblock names. What fails is tried again at the next open; so is all of it
+        while nobody knows which superblock is in force."""
+        if self._file.in_doubt:
+            return []
         removed = []
         for name in names:
             try:
@@ -396,37 +399,51 @@ class Engine:
         """
         with self.structure:
             self.check_usable()
-            state = self.state()
+            if self.state().target_room == 0:
+                self.flush()
+            state, superblock = self.state(), self.superblock
             need = need_bytes + self.tail_reserve() if need_bytes else 0
             if need and state.stage_room >= need:
                 return
-            superblock = self.superblock
-            replaced = superblock.segments[-1] if state.targets else None
-            if replaced is not None and replaced.capacity >= need:
+            prepared = superblock.segments[-1] if state.targets else None
+            if prepared is not None and prepared.capacity >= need:
                 return
-            if state.target_room == 0:
-                self.flush()
             capacity = max(superblock.segment_bytes - fmt.PAGE_BYTES, need + -need % fmt.PAGE_BYTES)
-            base = replaced.base_lsn if replaced is not None else superblock.next_base_lsn
+            base = prepared.base_lsn if prepared is not None else superblock.next_base_lsn
             record = SegmentRecord(superblock.next_segment_id, base, capacity)
             make_segment(self.directory, superblock.uuid, record)
-            if replaced is not None and lib.mw_writer_drop_target(self.writer) != 0:
-                self.remove_files([record.name])  # it was begun meanwhile
-                return
-            kept = [r for r in self._with_ends() if r is not replaced]
-            new = replace(
-                superblock, segments=(*kept, record), next_segment_id=superblock.next_segment_id + 1
-            )
-            try:
-                self.change(new, lambda: self._add_target(record))
-            except OSError:
-                if replaced is not None:
-                    self._add_target(replaced)
-                self.remove_files([record.name])
-                raise
-            if replaced is not None:
-                self.remove_files([replaced.name])
+            self._name_segment(record, prepared)
             self.segments.bound_mappings()
+
+    def _name_segment(self, record: SegmentRecord, prepared: SegmentRecord | None) -> None:
+        """Lets the superblock name a segment that was made, in the place of one too small if there is."""
+        dropped = False
+        try:
+            kept = [r for r in self._with_ends() if r != prepared]
+            new = replace(self.superblock, segments=(*kept, record), next_segment_id=record.id + 1)
+            if prepared is not None:
+                dropped = lib.mw_writer_drop_target(self.writer) == 0
+                if not dropped:  # it was begun meanwhile
+                    self.remove_files([record.name])
+                    return
+            self.change(new, lambda: self._add_target(record))
+        except BaseException as e:
+            named = {r.name for r in self.superblock.segments}
+            if dropped and prepared is not None and prepared.name in named and not self._file.in_doubt:
+                self._put_back(prepared, e)
+            if record.name not in named:
+                self.remove_files([record.name])
+            raise
+        if prepared is not None:
+            self.remove_files([prepared.name])
+
+    def _put_back(self, prepared: SegmentRecord, reason: BaseException) -> None:
+        """The superblock still names it, so the writer must have it, or the next would leave a hole."""
+        try:
+            self._add_target(prepared)
+        except BaseException:
+            self.poison("putting a prepared segment back", reason)
+            raise
 
     def _with_ends(self) -> list[SegmentRecord]:
         """The segments, with the ends that have become durable; those that were left are closed."""
@@ -465,7 +482,7 @@ class Engine:
         with self.structure:
             if not self.state().epoch_owed:
                 return
-            rc = lib.mw_sync(self.writer, 0)
+            rc = lib.mw_sync(self.writer, lib.MW_SYNC_CLOSING)
             if rc != 0:
                 raise self.error(rc)
             new = self.superblock.with_epoch(self.state().written_lsn)

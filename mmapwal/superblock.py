@@ -194,6 +194,7 @@ class SuperblockFile:
         self._directory = directory
         self._spare: Storage | None = None
         self.current = current
+        self.in_doubt = False  # nobody knows which one is in force
 
     def commit(self, new: Superblock) -> None:
         """Makes `new`, with the next sequence, the one in force; durable at return. Blocks.
@@ -205,10 +206,12 @@ class SuperblockFile:
         self._write_spare(new)
         stage = "the superblock's rename"
         try:
+            self.in_doubt = True
             self._directory.rename(fmt.SUPERBLOCK_SPARE_NAME, fmt.SUPERBLOCK_NAME)
             stage = "the superblock's directory sync"
             self._directory.sync()
             self.current = new
+            self.in_doubt = False
         except BaseException as e:
             raise PoisonedError(stage) from e
         self._allocate_spare()

@@ -91,11 +91,16 @@ int mw_flush(struct mw_writer *w, uint64_t below_lsn) {
     return rc;
 }
 
-/* The target continues where the last one ends. -EAGAIN: flush first, too many are under way. */
+/* The target continues where the last one ends; the first one has the tail in it (else -EINVAL).
+ * -EAGAIN: flush first, too many are under way. */
 int mw_writer_add_target(struct mw_writer *w, const struct mw_target *target) {
     if (w->forked) return MW_E_FORKED;
     pthread_mutex_lock(&w->mutex);
     int rc = w->target_end - w->tail_target >= TARGETS ? -EAGAIN : 0;
+    const struct mw_target *last = w->target_end > w->tail_target ? target_at(w, w->target_end - 1) : NULL;
+    uint64_t at = last != NULL ? last->base_lsn + last->capacity : w->written_lsn;
+    if (at < target->base_lsn || at - target->base_lsn >= target->capacity) rc = -EINVAL;
+    if (last != NULL && at != target->base_lsn) rc = -EINVAL;
     if (rc == 0) {
         *target_at(w, w->target_end) = *target;
         w->ends[w->target_end++ % TARGETS] = 0;

@@ -45,6 +45,9 @@ class RenameFirst(InterposedDirectory):
         self.pattern = re.compile(pattern)
         self._late: dict[str, Any] = {}
 
+    def wrap_directory(self, inner: Directory) -> RenameFirst:
+        return RenameFirst(inner, self.pattern.pattern)
+
     def intercept(self, call: Call) -> Any:
         if call.kind == "sync" and self.pattern.search(call.name) and call.storage is not None:
             self._late[call.name] = call.storage

@@ -42,6 +42,11 @@ STEPS: list[Step] = [
     lambda s: s.compact(),
     lambda s: s.set_user_data(b"term"),
     lambda s: s.append_many([b"last"] * 3),
+    lambda s: s.append(b"fill" * 2000),
+    lambda s: s.append(b"fill" * 1000),
+    lambda s: s.append(b"last" * 100),
+    lambda s: s.drain(s.expected.now.next_op() - 3, s.expected.now.next_op() - 2),
+    lambda s: s.compact(),
     lambda s: s.sync(),
 ]
 
@@ -242,6 +247,23 @@ def test_after_a_write_that_found_no_space_the_journal_goes_on(when: When) -> No
 
     with told(script, wrap=lambda d: FaultDirectory(d, fault)) as scenario:
         assert_crash_safe(scenario, check, disk=CrashDisk(sync_method=SyncMethod.FDATASYNC), max_states=300)
+
+
+def test_a_compaction_whose_commit_is_unclear_removes_nothing() -> None:
+    """The superblock was renamed and is not known to be durable: either generation may be the one."""
+    fault = Fault(1 << 30, kinds="dir_sync")
+
+    def script(story: Story) -> None:
+        for n in range(8):
+            story.append(b"%d" % n * 2000)
+        story.drain(2, 4)
+        fault.nth = fault.calls + 2  # the first one is of the new generation
+        with pytest.raises(PoisonedError, match="directory sync"):
+            story.compact()
+        story.reopen(kill=True)
+
+    with told(script, wrap=lambda d: FaultDirectory(d, fault)) as scenario:
+        assert_crash_safe(scenario, check, max_states=300)
 
 
 def test_a_sync_that_failed_once_is_never_believed_again() -> None:
