@@ -7,7 +7,6 @@ space back.
 
 import logging
 
-from mmapwal.engine import Durability
 from mmapwal.errors import (
     BusyError,
     ClosedError,
@@ -30,6 +29,7 @@ from mmapwal.errors import (
     TruncatedError,
 )
 from mmapwal.journal import Journal, JournalStats
+from mmapwal.opening import Durability
 from mmapwal.reader import Entry, Header
 from mmapwal.recovery import RecoveryReport, RecoveryRow
 from mmapwal.replica import MuxStateMachine, Replica, SnapshotCoordinator, StateMachine, recover

@@ -29,13 +29,14 @@ RUNS = 4096
 @contextmanager
 def shrinking(engine: Engine) -> Iterator[None]:
     """One shrinking operation at a time; BusyError for the second."""
-    if not engine.shrinking.acquire(blocking=False):
-        raise BusyError("another drain, truncate_from, compact or checkpoint is under way")
-    try:
-        engine.check_usable()
+    engine.check_usable()
+    me = object()
+    try:  # an interrupt may come right behind any call
+        if not engine.shrinking.take(me):
+            raise BusyError("another drain, truncate_from, compact or checkpoint is under way")
         yield
     finally:
-        engine.shrinking.release()
+        engine.shrinking.release(me)
 
 
 def compact(engine: Engine) -> int:

@@ -10,47 +10,34 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from enum import Enum
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from mmapwal import format as fmt
 from mmapwal._native import ffi, lib
 from mmapwal.errors import (
+    BusyError,
     ClosedError,
     CorruptionError,
     DuplicateOpError,
     ForkedError,
-    IncompatibleFormatError,
     JournalError,
     JournalFullError,
     PayloadTooLargeError,
     PoisonedError,
     StaleOpError,
 )
-from mmapwal.index import SlotIndex
-from mmapwal.recovery import (
-    REFUSED,
-    RecoveryReport,
-    RecoveryRow,
-    Scanned,
-    Stopwatch,
-    decide,
-    refuse,
-    rewrite_unproven,
-    scan_journal,
-)
-from mmapwal.segment import SegmentSet, make_segment
+from mmapwal.opening import Durability, Opening, Options, check_empty
+from mmapwal.recovery import Scanned
+from mmapwal.segment import make_segment
 from mmapwal.storage import Directory, SyncMethod
-from mmapwal.superblock import Seal, SegmentRecord, Superblock, SuperblockFile, read_superblock
+from mmapwal.superblock import Seal, SegmentRecord, Superblock
 
 __all__ = ["Durability", "Engine", "Options"]
 
 log = logging.getLogger("mmapwal")
 T = TypeVar("T")
 
-SLOTS_DEFAULT = 65_536
-SEGMENT_BYTES_DEFAULT = 16 << 20
 BUFFER_BYTES = 1 << 20
 STAGES = {
     lib.MW_STAGE_WRITE: "the write of a commit",
@@ -60,28 +47,37 @@ STAGES = {
 }
 
 
-class Durability(Enum):
-    """What an append has done when it returns."""
-
-    SYNC = "sync"
-    OS = "os"
-    BUFFERED = "buffered"
-
-
 _DURABILITY = {Durability.SYNC: lib.MW_SYNC, Durability.OS: lib.MW_OS, Durability.BUFFERED: lib.MW_BUFFERED}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """What the caller of Journal chose; None: what the journal was made with, or the default."""
+class Turn:
+    """Whose turn it is to shrink. Held by a token, so that an interrupt right behind take() cannot
+    leave it taken: release() asks whose it is."""
 
-    create: bool = True
-    durability: Durability = Durability.SYNC
-    sync_method: SyncMethod = SyncMethod.AUTO
-    slots: int | None = None
-    segment_bytes: int | None = None
-    align_bytes: int | None = None
-    progress: Callable[[int, int], None] | None = None
+    def __init__(self) -> None:
+        self._holder: dict[str, tuple[object, int]] = {}
+        self._freed = threading.Condition()
+
+    def take(self, token: object) -> bool:
+        mine = (token, threading.get_ident())
+        return self._holder.setdefault("by", mine)[0] is token  # one step of the interpreter
+
+    def wait_and_take(self, token: object) -> None:
+        """BusyError when this very thread has it (a signal handler)."""
+        while not self.take(token):
+            with self._freed:
+                holder = self._holder.get("by")
+                if holder is not None and holder[1] == threading.get_ident():
+                    raise BusyError("this thread is removing entries or compacting")
+                if holder is not None:
+                    self._freed.wait()
+
+    def release(self, token: object) -> None:
+        holder = self._holder.get("by")
+        if holder is not None and holder[0] is token:
+            with self._freed:
+                del self._holder["by"]
+                self._freed.notify_all()
 
 
 class Engine:
@@ -91,27 +87,27 @@ class Engine:
         self.directory = directory
         self.options = options
         self.structure = threading.RLock()
-        self.shrinking = threading.Lock()
-        self.report = RecoveryReport()
+        self.shrinking = Turn()
+        self.removing_thread = 0  # who holds back appends: removal._holding()
         self.forked = False
         self.writer: Any = None
         self._poison: tuple[str, BaseException | None] | None = None
         self._closing = threading.Event()
+        self._settled = False  # closed as far as the files go
         self._preparer: threading.Thread | None = None
-        self.index: SlotIndex
-        self.segments: SegmentSet
         if fmt.SUPERBLOCK_NAME not in directory.names():
-            self._check_empty()  # before a lock file is left in a directory that is not ours
+            check_empty(directory, options)  # before a lock file is left where no journal may be
+        _engines.add(self)  # also a fork during a long recovery must let go of the lock
         directory.lock(fmt.LOCK_NAME)
+        opening = Opening(directory, options)
         try:
-            self._open()
-        except PoisonedError as e:  # nobody has the journal yet: the failure itself says more
+            self._open(opening)
+        except BaseException as e:
+            opening.let_go()
             self._let_go()
-            raise e.__cause__ or e from None
-        except BaseException:
-            self._let_go()
+            if isinstance(e, PoisonedError):  # nobody has the journal yet: the failure itself says more
+                raise e.__cause__ or e from None
             raise
-        _engines.add(self)
         if directory.concurrent:
             self._preparer = threading.Thread(
                 target=_prepare_ahead, args=(weakref.ref(self), self.writer, self._closing),
@@ -119,115 +115,12 @@ class Engine:
             )  # fmt: skip
             self._preparer.start()
 
-    # --- opening ----------------------------------------------------------------------------------
-
-    def _open(self) -> None:
-        watch = Stopwatch(self.report.seconds)
-        superblock = read_superblock(self.directory)
-        if superblock is None:
-            superblock = self._create()
-            created = True
-        else:
-            created = False
-            self._file = SuperblockFile(self.directory, superblock)
-        self._check_sizes(superblock)
-        method = self.options.sync_method
-        self.sync_method = self.directory.best_sync_method() if method is SyncMethod.AUTO else method
-        self.segments = SegmentSet(self.directory, superblock.uuid, superblock.segments)
-        for segment in self.segments.table.segments:
-            segment.check()
-        index = SlotIndex.open(self.directory, superblock.uuid, superblock.slot_count)
-        watch.lap("superblock")
-        seal = superblock.seal
-        if seal is not None and index is not None and index.crc() == seal.index_crc:
-            self.index = index
-            watch.lap("index")
-            row = self.segments.table.row(seal.lsn)
-            found = Scanned(None, seal.lsn, seal.link, row, proven_lsn=seal.lsn)
-            self.report.outcome = RecoveryRow.SEALED
-        else:
-            durable = 0 if index is None else index.progress()[1]
-            found = scan_journal(self.segments.table, superblock, durable, self.options.progress)
-            self.report.outcome = decide(found.finding)
-            watch.lap("scan")
-            if self.report.outcome in REFUSED:
-                raise refuse(self.report.outcome, found, self.segments.table)
-        self._settle(superblock, found, index, watch)
-        if created:
-            self.report.outcome = RecoveryRow.CREATED
-        self._start_writer(found, seal if self.report.outcome is RecoveryRow.SEALED else None)
-        self._remove_strangers()
-        watch.lap("writer")
-
-    def _check_empty(self) -> None:
-        """Whether a journal may be made here."""
-        names = [n for n in self.directory.names() if n not in {fmt.LOCK_NAME, fmt.SUPERBLOCK_SPARE_NAME}]
-        if any(fmt.is_ours(n) or n == fmt.INDEX_NAME for n in names):
-            raise CorruptionError(
-                fmt.SUPERBLOCK_NAME, 0, 0, None, "it is gone, but segments or index are there"
-            )
-        if not self.options.create:
-            raise FileNotFoundError(errno.ENOENT, "no journal here", str(self.directory))
-        strangers = [n for n in names if n != fmt.SNAPSHOTS_NAME]
-        if strangers:
-            raise JournalError(f"{self.directory} holds something else: {', '.join(strangers[:3])}")
-
-    def _create(self) -> Superblock:
-        self._check_empty()
-        superblock = Superblock(
-            uuid=os.urandom(16),
-            slot_count=self.options.slots or SLOTS_DEFAULT,
-            segment_bytes=self.options.segment_bytes or SEGMENT_BYTES_DEFAULT,
-            align_bytes=self.options.align_bytes or 0,
-            sequence=0,
-        )
-        self.directory.sync_parent()
-        self._file = SuperblockFile(self.directory, superblock)
-        self._file.commit(superblock)
-        return self._file.current
-
-    def _check_sizes(self, superblock: Superblock) -> None:
-        for name, wanted, is_ in (
-            ("slots", self.options.slots, superblock.slot_count),
-            ("segment_bytes", self.options.segment_bytes, superblock.segment_bytes),
-            ("commit_align_bytes", self.options.align_bytes, superblock.align_bytes),
-        ):
-            if wanted is not None and wanted != is_:
-                raise IncompatibleFormatError(f"{self.directory} was made with {name}={is_}, not {wanted}")
-
-    def _settle(
-        self, superblock: Superblock, found: Scanned, index: SlotIndex | None, watch: Stopwatch
-    ) -> None:
-        """Makes what was found the truth: the superblock durable, the tail proven, a new epoch there."""
-        records = superblock.segments
-        if found.slots is not None:
-            # The superblock that was read may not have been durable: nothing is written before one is.
-            self._file.commit(superblock)
-            self.directory.sync_parent()
-            self._remove_strangers()
-            renewed, written = rewrite_unproven(self.directory, self.segments.table, superblock, found)
-            self.report.rewritten_bytes = written
-            records = tuple(
-                replace(renewed.get(r.id, r), end_lsn=found.ends.get(r.id, r.end_lsn)) for r in records
-            )
-            watch.lap("rewrite")
-        kept = [r for r in records if r.base_lsn <= found.tail_lsn]
-        if self.report.outcome in {RecoveryRow.SEALED, RecoveryRow.CLEAN}:
-            kept = list(records[: len(kept) + 1])  # the one prepared ahead is still blank
-        self._file.commit(replace(superblock, segments=tuple(kept)).with_epoch(found.tail_lsn))
-        if found.slots is None:
-            self.directory.sync_parent()
-        self.segments.follow(self._file.current.segments)
-        watch.lap("epoch")
-        self.index = index or SlotIndex.create(self.directory, superblock.uuid, superblock.slot_count)
-        if found.slots is not None:
-            self.index.fill(found.slots)
-            found.slots = None
-        report = self.report
-        report.frames, report.entries, report.scanned_bytes = found.frames, found.entries, found.scanned_bytes
-        report.tail_lsn, report.proven_lsn = found.tail_lsn, found.proven_lsn
-        report.cut_bytes = found.stop_lsn - found.tail_lsn + found.torn_bytes if found.stop_lsn else 0
-        watch.lap("index")
+    def _open(self, opening: Opening) -> None:
+        opening.run()
+        self.report, self.sync_method = opening.report, opening.sync_method
+        self._file, self.segments, self.index = opening.file, opening.segments, opening.index
+        self._start_writer(opening.found, opening.seal)
+        opening.remove_strangers()
 
     def _start_writer(self, found: Scanned, seal: Seal | None) -> None:
         superblock = self._file.current
@@ -267,12 +160,6 @@ class Engine:
         rc = lib.mw_writer_add_target(self.writer, target)
         if rc < 0:
             raise OSError(-rc, "too many segments under way", record.name)
-
-    def _remove_strangers(self) -> None:
-        """Files of our own names that the superblock does not name. A failed unlink is no matter."""
-        named = {r.name for r in self._file.current.segments}
-        removed = [n for n in self.directory.names() if fmt.is_ours(n) and n not in named]
-        self.report.removed_files += tuple(self.remove_files(removed))
 
     # --- state ------------------------------------------------------------------------------------
 
@@ -347,8 +234,12 @@ class Engine:
                 return ForkedError("the writer belongs to the parent process")
             case lib.MW_E_CORRUPT:
                 return CorruptionError("?", 0, 0, op, "a frame does not verify")
-        segment = self.segments.by_id(self.state().tail_id)
-        return OSError(-code, os.strerror(-code), segment.record.name if segment is not None else None)
+        if code <= lib.MW_E_DUPLICATE:
+            return JournalError(f"unexpected result {code} of the C helper")
+        for segment in self.segments.table.segments:
+            segment.take_error()  # told here; not to be taken for the cause of a later poison
+        tail = self.segments.by_id(self.state().tail_id)
+        return OSError(-code, os.strerror(-code), tail.record.name if tail is not None else None)
 
     # --- changes of structure ---------------------------------------------------------------------
 
@@ -358,6 +249,10 @@ class Engine:
         OSError: nothing has happened. Any exception after the commit began poisons the journal, since
         memory and disk may differ then.
         """
+        if self._settled:
+            raise ClosedError("the journal is closed")
+        if self.state().poison_stage:
+            raise self.poisoned()
         before = self._file.current
         try:
             self._file.commit(new)
@@ -374,18 +269,8 @@ class Engine:
         return result
 
     def remove_files(self, names: Iterable[str]) -> list[str]:
-        """Unlinks what no superblock names. What fails is tried again at the next open; so is all of it
-        while nobody knows which superblock is in force."""
-        if self._file.in_doubt:
-            return []
-        removed = []
-        for name in names:
-            try:
-                self.directory.unlink(name)
-                removed.append(name)
-            except OSError as e:
-                log.info("%s could not be removed: %s", name, e)
-        return removed
+        """Unlinks what no superblock names (SuperblockFile.remove_files)."""
+        return self._file.remove_files(names)
 
     def tail_reserve(self) -> int:
         """What stays free behind the last entry of a segment (stage.c's tail_reserve)."""
@@ -422,8 +307,9 @@ class Engine:
             kept = [r for r in self._with_ends() if r != prepared]
             new = replace(self.superblock, segments=(*kept, record), next_segment_id=record.id + 1)
             if prepared is not None:
-                dropped = lib.mw_writer_drop_target(self.writer) == 0
-                if not dropped:  # it was begun meanwhile
+                dropped = True  # before the call: an interrupt may come right behind it
+                if lib.mw_writer_drop_target(self.writer) != 0:  # it was begun meanwhile
+                    dropped = False
                     self.remove_files([record.name])
                     return
             self.change(new, lambda: self._add_target(record))
@@ -439,6 +325,9 @@ class Engine:
 
     def _put_back(self, prepared: SegmentRecord, reason: BaseException) -> None:
         """The superblock still names it, so the writer must have it, or the next would leave a hole."""
+        state = self.state()
+        if state.targets or state.stage_id == prepared.id:
+            return  # it was not dropped after all
         try:
             self._add_target(prepared)
         except BaseException:
@@ -480,6 +369,8 @@ class Engine:
     def start_epoch(self) -> None:
         """After a write that failed cleanly: what lies behind the tail shall never come back."""
         with self.structure:
+            if self._settled:
+                raise ClosedError("the journal is closed")
             if not self.state().epoch_owed:
                 return
             rc = lib.mw_sync(self.writer, lib.MW_SYNC_CLOSING)
@@ -487,6 +378,15 @@ class Engine:
                 raise self.error(rc)
             new = self.superblock.with_epoch(self.state().written_lsn)
             self.change(new, lambda: lib.mw_writer_set_epoch(self.writer, new.epoch))
+
+    def pay_epoch(self) -> None:
+        """Called by who is told that a write failed cleanly: nothing of it shall come back after a crash,
+        not even before the next write. Where the superblock cannot be replaced it stays owed."""
+        if self.options.durability is not Durability.BUFFERED and self.state().epoch_owed:
+            try:
+                self.start_epoch()
+            except OSError as e:
+                log.info("the epoch after a failed write has to wait: %s", e)
 
     def sync(self) -> int:
         """Makes all that was appended durable; the durable LSN."""
@@ -498,30 +398,42 @@ class Engine:
         self._run(lambda: lib.mw_flush(self.writer, below_lsn))
 
     def _run(self, call: Callable[[], int]) -> None:
-        rc = call()
-        if rc == lib.MW_E_NEED_EPOCH:
+        while (rc := call()) == lib.MW_E_NEED_EPOCH:
             self.start_epoch()
-            rc = call()
         if rc < 0:
             raise self.error(rc)
 
     # --- the end ----------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Syncs, seals, lets go. The first failure of the sync is raised after everything is let go."""
-        if self.forked or self._closing.is_set():
+        """Syncs, seals, lets go. The failure of the sync is raised after everything is let go. An
+        interrupted close can be called again: it goes on where it was."""
+        if self.forked:
             return
+        failure: Exception | None = None
+        me = object()
         try:
+            self.shrinking.wait_and_take(me)  # a compaction ends first; it works outside `structure`
             with self.structure:
-                if self._closing.is_set():
-                    return
-                self._closing.set()
-                lib.mw_writer_close(self.writer)
-                if not self.state().poison_stage:
-                    self._run(lambda: lib.mw_sync(self.writer, lib.MW_SYNC_STAGED | lib.MW_SYNC_CLOSING))
-                    self._seal()
-        finally:
+                if not self._settled:
+                    failure = self._settle_files()
+                    self._settled = True
             self._let_go()
+        finally:
+            self.shrinking.release(me)
+        if failure is not None:
+            raise failure
+
+    def _settle_files(self) -> Exception | None:
+        self._closing.set()
+        lib.mw_writer_close(self.writer)
+        try:
+            if not self.state().poison_stage:
+                self._run(lambda: lib.mw_sync(self.writer, lib.MW_SYNC_STAGED | lib.MW_SYNC_CLOSING))
+                self._seal()
+        except (OSError, JournalError) as e:
+            return e
+        return None
 
     def _seal(self) -> None:
         """A seal saves the next open a scan; without one nothing is lost, so a failure is only told."""
@@ -539,6 +451,8 @@ class Engine:
 
     def _let_go(self) -> None:
         self._closing.set()
+        if self.writer is not None:
+            lib.mw_writer_close(self.writer)  # from here on it touches no file
         if self._preparer is not None and self._preparer is not threading.current_thread():
             self._preparer.join()
         if hasattr(self, "segments"):

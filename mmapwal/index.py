@@ -127,6 +127,8 @@ class SlotIndex:
     def lookup(self, op: int) -> tuple[int, int, int, int, int] | None:
         """(lsn, op, timestamp, length, kind) of the live frame, or None. By the C helper: any machine
         orders its loads right, and a failing disk is an OSError."""
+        if not 1 <= op <= fmt.OP_MAX:
+            return None
         out = ffi.new("struct mw_slot *")
         rc = lib.mw_lookup(self.slots, self.slot_count, op, out)
         if rc == lib.MW_E_MISSING:

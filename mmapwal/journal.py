@@ -21,8 +21,16 @@ from typing_extensions import Buffer
 from mmapwal import compaction, removal
 from mmapwal import format as fmt
 from mmapwal._native import ffi, lib
-from mmapwal.engine import Durability, Engine, Options
-from mmapwal.errors import ClosedError, JournalError, MissingOpError, PayloadTooLargeError, PoisonedError
+from mmapwal.engine import Engine
+from mmapwal.errors import (
+    BusyError,
+    ClosedError,
+    JournalError,
+    MissingOpError,
+    PayloadTooLargeError,
+    PoisonedError,
+)
+from mmapwal.opening import Durability, Options
 from mmapwal.reader import DrainedEntries, Entry, Header, Reader
 from mmapwal.recovery import RecoveryReport
 from mmapwal.storage import Directory, SyncMethod, SystemDirectory
@@ -171,13 +179,13 @@ class Journal:
         OSError or PoisonedError when the last sync fails; the journal is let go nevertheless. One that
         is poisoned already is let go without a seal and without an error. Views stay right.
         """
-        self._finalizer.detach()
-        if self._reader.closed is None and not self._engine.forked:
+        if not self._engine.forked:
             self._stop_syncing.set()
             if self._syncing is not None:
                 self._syncing.join()
             self._reader.close(ClosedError("the journal is closed"))
             self._engine.close()
+        self._finalizer.detach()
 
     # --- writing ----------------------------------------------------------------------------------
 
@@ -282,9 +290,12 @@ class Journal:
                 if engine.options.durability is Durability.BUFFERED:
                     engine.flush()
             elif code == lib.MW_E_BARRIER:
+                if engine.removing_thread == threading.get_ident():  # from a signal handler
+                    raise BusyError("this thread is removing these ops")
                 with engine.structure:
                     pass
             else:
+                engine.pay_epoch()
                 raise engine.error(code, op)
             code = call(*args)
         return code
@@ -438,6 +449,7 @@ class Journal:
         ValueError when longer; OSError: nothing happened; PoisonedError, ClosedError, ForkedError."""
         if len(data) > fmt.USER_DATA_BYTES_MAX:
             raise ValueError(f"{len(data)} bytes of user data; at most {fmt.USER_DATA_BYTES_MAX} fit")
+        self._engine.check_usable()
         with self._engine.structure:
             self._engine.check_usable()
             self._engine.change(replace(self._engine.superblock, user_data=bytes(data)), lambda: None)

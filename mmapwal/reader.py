@@ -12,8 +12,9 @@ import numpy.typing as npt
 
 from mmapwal import format as fmt
 from mmapwal._native import ffi, lib
-from mmapwal.engine import Durability, Engine
+from mmapwal.engine import Engine
 from mmapwal.errors import CorruptionError, MissingOpError
+from mmapwal.opening import Durability
 from mmapwal.segment import SegmentSet, SegmentTable
 
 __all__ = ["HEADERS", "DrainedEntries", "Entry", "Header", "Reader"]
@@ -121,12 +122,13 @@ class Reader:
                 self._reach(lsn)
             table = self.segments.table
             row = bisect_right(table.bases, lsn) - 1
-            view = table.views[row] if row >= 0 else None
+            if row < 0 or lsn >= table.segments[row].record.next_base_lsn:
+                self._stray(op, lsn)
+                continue
+            view = table.views[row]
             if view is None:
-                if row < 0 or lsn >= table.segments[row].record.next_base_lsn:
-                    self._stray(op, lsn)
-                    continue
-                view = table.map(row)
+                self._map(table, row)
+                continue
             start = lsn - table.bases[row] + _PAYLOAD_AT
             # The slot is its own sequence lock: unchanged, and so were the fields between.
             if self._load(self.memory, op % self.slots * fmt.SLOT_BYTES)[0] != lsn:
@@ -134,6 +136,17 @@ class Reader:
             if self._verify:
                 self.check(table, row, lsn, op)
             return view, start, start + length, kind, timestamp
+
+    def _map(self, table: SegmentTable, row: int) -> None:
+        """Maps a segment for reading. What was compacted away meanwhile is no error: the slot has changed."""
+        try:
+            table.map(row)
+        except CorruptionError:
+            if self.segments.table is table:
+                raise
+        if self.segments.count_mapping():
+            with self._engine.structure:
+                self.segments.bound_mappings()
 
     def _stray(self, op: int, lsn: int) -> None:
         """The table that was read does not have the LSN: an old one, or the index is damaged."""
@@ -157,7 +170,6 @@ class Reader:
     def check(self, table: SegmentTable, row: int, lsn: int, op: int, target: bytearray | None = None) -> Any:
         """Checks the frame, guarded against SIGBUS; copies its payload to a target. Its header."""
         segment = table.segments[row]
-        table.map(row)
         header = ffi.new("struct mw_frame *")
         to, length = (ffi.NULL, 0) if target is None else (ffi.from_buffer(target), len(target))
         rc = lib.mw_check_frame(
@@ -191,6 +203,8 @@ class Reader:
             again = self._engine.index.lookup(op)
             if row < 0:
                 self._stray(op, lsn)
+            elif table.views[row] is None:
+                self._map(table, row)
             elif again is not None and again[0] == lsn:
                 return table, row, lsn, found[3]
         return None
@@ -223,6 +237,8 @@ class Reader:
             return 1, 0, None
         low = max(int(state.first_op), first if first is not None else 1)
         high = min(int(state.last_op), last if last is not None else fmt.OP_MAX)
+        if low > high:
+            return 1, 0, None
         if high - low < 4 * self.slots:
             return low, high, None
         slots = self._engine.index.copy()
@@ -244,6 +260,7 @@ class Reader:
             ops_at, op_count = ffi.cast("uint64_t *", ffi.from_buffer(ops)), len(ops)
         index = self._engine.index
         table = self.segments.table
+        suspect: tuple[int, int] | None = None
         while True:
             if self.closed is not None:
                 raise self.closed
@@ -261,7 +278,9 @@ class Reader:
                 rows,
                 verify,
             )
-            if count < 0:
+            if count == lib.MW_E_CORRUPT and self._relaxed and suspect != (cursor.op, cursor.lsn):
+                suspect = (cursor.op, cursor.lsn)  # staged behind the flush: look again behind the next
+            elif count < 0:
                 table = self._recover_gather(count, table, cursor)
             elif count == 0:
                 return
@@ -274,8 +293,8 @@ class Reader:
         op, lsn = int(cursor.op), int(cursor.lsn)
         if rc == lib.MW_E_TABLE:
             if cursor.segment != _NO_ROW:
-                table.map(int(cursor.segment))
-                return table
+                self._map(table, int(cursor.segment))
+                return table if table.views[int(cursor.segment)] is not None else self.segments.table
             if self.segments.table is table:
                 self._stray(op, lsn)
             return self.segments.table

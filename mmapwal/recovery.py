@@ -22,7 +22,7 @@ from mmapwal import format as fmt
 from mmapwal._native import ffi, lib
 from mmapwal.errors import CorruptionError
 from mmapwal.index import rebuilt_slots
-from mmapwal.segment import Segment, SegmentTable, make_segment, native_scan, scan_fields
+from mmapwal.segment import MAPPINGS_MAX, Segment, SegmentTable, make_segment, native_scan, scan_fields
 from mmapwal.storage import Directory
 from mmapwal.superblock import SegmentRecord, Superblock
 
@@ -209,6 +209,8 @@ def scan_journal(
                 stopped = True
         if stopped and scan.lsn < record.next_base_lsn and superblock.seal is None:
             _hunt(found, scan, record.name)
+        if len(table.segments) > MAPPINGS_MAX:
+            segment.unmap()
         done += record.capacity
         if progress is not None:
             progress(done, total)

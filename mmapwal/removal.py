@@ -3,6 +3,7 @@ time; the space is given back by compaction."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,12 +22,14 @@ __all__ = ["drain", "set_watermark", "truncate_from"]
 def _holding(engine: Engine, first: int, last: int) -> Iterator[None]:
     """No append of these ops meanwhile, and all that was appended before is durable."""
     with engine.structure:
-        lib.mw_writer_barrier(engine.writer, first, last)
-        try:
+        try:  # an interrupt may come right behind any call
+            engine.removing_thread = threading.get_ident()
+            lib.mw_writer_barrier(engine.writer, first, last)
             engine.sync()
             yield
         finally:
             lib.mw_writer_barrier(engine.writer, 1, 0)
+            engine.removing_thread = 0
 
 
 def prune_removals(superblock: Superblock) -> tuple[Removal, ...]:

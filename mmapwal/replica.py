@@ -526,10 +526,11 @@ class Replica:
     def _refuse_unfit_journal(self) -> None:
         """Before an entry is journaled that could not be applied."""
         applied = self._applied  # read first: the journal is always ahead of it
+        if self.journal.last_op == applied:
+            return
         if (self.last_journaled_op or 0) < applied:
             raise StateMachineError(f"op {applied} is applied and was cut from the journal: recover again")
-        gap = self.gap_op
-        if gap is not None:
+        if (gap := self.gap_op) is not None:
             raise JournalError(f"there is a gap below op {gap}: journal what is missing first")
 
     def _failed(self) -> StateMachineError:

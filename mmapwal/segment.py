@@ -163,6 +163,11 @@ class Segment:
         self.view  # noqa: B018  # maps it
         return ffi.cast("const uint8_t *", self._pin) + fmt.PAGE_BYTES
 
+    def unmap(self) -> None:
+        """Lets go of the mapping; the next view makes a new one."""
+        with self._guard:
+            self._view = self._pin = self._storage = None
+
     def start_writing(self, sync_method: SyncMethod) -> Any:
         """The C committer's table of functions for this file."""
         self._writer = self._open(writable=True, sync_method=sync_method)
@@ -275,6 +280,7 @@ class SegmentSet:
         self._directory = directory
         self._uuid = uuid
         self.held = HeldMappings()
+        self._mapped_since = 0
         self.table = SegmentTable(Segment(directory, uuid, r) for r in records)
 
     def by_id(self, segment_id: int) -> Segment | None:
@@ -297,8 +303,14 @@ class SegmentSet:
 
     def bound_mappings(self) -> None:
         """Lets go of the mappings of segments that are only read, when there are too many."""
+        self._mapped_since = 0
         if self.table.mapped_count > MAPPINGS_MAX:
             self.unmap(0)
+
+    def count_mapping(self) -> bool:
+        """One more was mapped to be read; whether it is time for bound_mappings()."""
+        self._mapped_since += 1
+        return self._mapped_since >= MAPPINGS_MAX
 
     def unmap(self, from_lsn: int) -> None:
         """Lets go of the mappings from an LSN on, but not of what is being written."""

@@ -429,15 +429,16 @@ class SystemDirectory:
             os.close(fd)
 
     def close(self) -> None:
+        # The lock last: nothing is done here any more once another may have it.
+        fds, self._fd, self._lock_fd = (self._fd, self._lock_fd), -1, -1
+        for fd in fds:
+            if fd >= 0:
+                os.close(fd)
         if self._lock_key is not None:
             with _locked_guard:
                 if _locked.get(self._lock_key) == os.getpid():
                     del _locked[self._lock_key]
             self._lock_key = None
-        for fd in (self._lock_fd, self._fd):
-            if fd >= 0:
-                os.close(fd)
-        self._lock_fd = self._fd = -1
 
     def __del__(self) -> None:
         if hasattr(self, "_lock_fd"):

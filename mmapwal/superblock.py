@@ -8,7 +8,9 @@ one that does not verify is rot, and is refused.
 from __future__ import annotations
 
 import contextlib
+import logging
 import struct
+from collections.abc import Iterable
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
@@ -17,6 +19,8 @@ import numpy as np
 from mmapwal import format as fmt
 from mmapwal.errors import CorruptionError, IncompatibleFormatError, PoisonedError
 from mmapwal.storage import Directory, Storage
+
+log = logging.getLogger("mmapwal")
 
 __all__ = ["Removal", "Seal", "SegmentRecord", "Superblock", "SuperblockFile", "read_superblock"]
 
@@ -249,6 +253,20 @@ class SuperblockFile:
             spare.close()
         else:
             self._spare = spare
+
+    def remove_files(self, names: Iterable[str]) -> list[str]:
+        """Unlinks what no superblock names. What fails is tried again at the next open; so is all of it
+        while nobody knows which superblock is in force."""
+        if self.in_doubt:
+            return []
+        removed = []
+        for name in names:
+            try:
+                self._directory.unlink(name)
+                removed.append(name)
+            except OSError as e:
+                log.info("%s could not be removed: %s", name, e)
+        return removed
 
     def close(self) -> None:
         if self._spare is not None:

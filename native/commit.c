@@ -248,14 +248,16 @@ static void take_lead(struct mw_writer *w) {
 
 int flush_staged(struct mw_writer *w) {
     take_lead(w);
-    int rc = write_below(w, w->stage_lsn);
+    int rc = check_usable(w); /* closed while it waited: the files may be gone */
+    if (rc == 0) rc = write_below(w, w->stage_lsn);
     step_down(w);
     return rc;
 }
 
-int lead_to(struct mw_writer *w, uint64_t lsn) {
+/* Writes all below `lsn`, then makes all that is written durable. `closing`: by who closes. */
+int lead_to(struct mw_writer *w, uint64_t lsn, bool closing) {
     take_lead(w);
-    int rc = check_sound(w);
+    int rc = closing ? check_sound(w) : check_usable(w);
     if (rc == 0) rc = write_below(w, lsn);
     if (rc == 0 && w->durable_lsn < w->written_lsn) {
         struct mw_io *io = target_at(w, w->tail_target)->io;

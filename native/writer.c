@@ -75,8 +75,7 @@ int64_t mw_append_many(struct mw_writer *w, const char *data, const uint64_t *le
 int mw_sync(struct mw_writer *w, uint32_t flags) {
     if (w->forked) return MW_E_FORKED;
     pthread_mutex_lock(&w->mutex);
-    int rc = w->closed && !(flags & MW_SYNC_CLOSING) ? MW_E_CLOSED : 0;
-    if (rc == 0) rc = lead_to(w, flags & MW_SYNC_STAGED ? w->stage_lsn : 0);
+    int rc = lead_to(w, flags & MW_SYNC_STAGED ? w->stage_lsn : 0, (flags & MW_SYNC_CLOSING) != 0);
     pthread_mutex_unlock(&w->mutex);
     return rc;
 }
@@ -85,7 +84,7 @@ int mw_sync(struct mw_writer *w, uint32_t flags) {
 int mw_flush(struct mw_writer *w, uint64_t below_lsn) {
     if (w->forked) return MW_E_FORKED;
     pthread_mutex_lock(&w->mutex);
-    int rc = w->poison_stage != MW_STAGE_NONE ? MW_E_POISONED : 0;
+    int rc = check_usable(w);
     if (rc == 0 && w->written_lsn < below_lsn) rc = flush_staged(w);
     pthread_mutex_unlock(&w->mutex);
     return rc;
@@ -126,7 +125,7 @@ int mw_writer_rotate(struct mw_writer *w) {
     int rc = check_usable(w);
     if (rc == 0 && w->epoch_owed) rc = MW_E_NEED_EPOCH;
     if (rc == 0) rc = stage_end(w);
-    if (rc == 0) rc = lead_to(w, w->stage_lsn);
+    if (rc == 0) rc = lead_to(w, w->stage_lsn, false);
     pthread_mutex_unlock(&w->mutex);
     return rc;
 }

@@ -79,7 +79,7 @@ bool segment_wanted(const struct mw_writer *w);
 
 int wait_durable(struct mw_writer *w);
 int flush_staged(struct mw_writer *w);
-int lead_to(struct mw_writer *w, uint64_t lsn);
+int lead_to(struct mw_writer *w, uint64_t lsn, bool closing);
 void fail_staged(struct mw_writer *w, int error);
 void poison(struct mw_writer *w, int stage, int error);
 

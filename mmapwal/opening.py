@@ -1,0 +1,196 @@
+"""From a directory to a settled journal: what is there is read, judged, made durable and cleaned up.
+
+The order is what keeps a crash at any point harmless: nothing is written before a superblock with the
+same facts is durable, nothing is appended before the next epoch is.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from enum import Enum
+
+from mmapwal import format as fmt
+from mmapwal.errors import CorruptionError, IncompatibleFormatError, JournalError
+from mmapwal.index import SlotIndex
+from mmapwal.recovery import (
+    REFUSED,
+    RecoveryReport,
+    RecoveryRow,
+    Scanned,
+    Stopwatch,
+    decide,
+    refuse,
+    rewrite_unproven,
+    scan_journal,
+)
+from mmapwal.segment import SegmentSet
+from mmapwal.storage import Directory, SyncMethod
+from mmapwal.superblock import Seal, Superblock, SuperblockFile, read_superblock
+
+__all__ = ["Durability", "Opening", "Options", "check_empty"]
+
+SLOTS_DEFAULT = 65_536
+SEGMENT_BYTES_DEFAULT = 16 << 20
+
+
+class Durability(Enum):
+    """What an append has done when it returns."""
+
+    SYNC = "sync"
+    OS = "os"
+    BUFFERED = "buffered"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What the caller of Journal chose; None: what the journal was made with, or the default."""
+
+    create: bool = True
+    durability: Durability = Durability.SYNC
+    sync_method: SyncMethod = SyncMethod.AUTO
+    slots: int | None = None
+    segment_bytes: int | None = None
+    align_bytes: int | None = None
+    progress: Callable[[int, int], None] | None = None
+
+
+def check_empty(directory: Directory, options: Options) -> None:
+    """Whether a journal may be made here."""
+    names = [n for n in directory.names() if n not in {fmt.LOCK_NAME, fmt.SUPERBLOCK_SPARE_NAME}]
+    if any(fmt.is_ours(n) or n == fmt.INDEX_NAME for n in names):
+        raise CorruptionError(fmt.SUPERBLOCK_NAME, 0, 0, None, "it is gone, but segments or index are there")
+    if not options.create:
+        raise FileNotFoundError(errno.ENOENT, "no journal here", str(directory))
+    strangers = [n for n in names if n != fmt.SNAPSHOTS_NAME]
+    if strangers:
+        raise JournalError(f"{directory} holds something else: {', '.join(strangers[:3])}")
+
+
+class Opening:
+    """One open, step by step. The caller has the lock, and lets go when a step fails."""
+
+    file: SuperblockFile
+    segments: SegmentSet
+    index: SlotIndex
+    found: Scanned
+    seal: Seal | None = None
+    """The seal, when it and the index were believed."""
+
+    def __init__(self, directory: Directory, options: Options) -> None:
+        self.directory = directory
+        self.options = options
+        self.report = RecoveryReport()
+        self._watch = Stopwatch(self.report.seconds)
+
+    def run(self) -> None:
+        """CorruptionError, IncompatibleFormatError, JournalError, OSError; PoisonedError when the
+        superblock is in doubt. A refused journal was not changed."""
+        superblock = read_superblock(self.directory)
+        created = superblock is None
+        if superblock is None:
+            superblock = self._create()
+        else:
+            self.file = SuperblockFile(self.directory, superblock)
+        self._check_sizes(superblock)
+        method = self.options.sync_method
+        self.sync_method = self.directory.best_sync_method() if method is SyncMethod.AUTO else method
+        self.segments = SegmentSet(self.directory, superblock.uuid, superblock.segments)
+        for segment in self.segments.table.segments:
+            segment.check()
+        index = SlotIndex.open(self.directory, superblock.uuid, superblock.slot_count)
+        if index is not None:
+            self.index = index
+        self._watch.lap("superblock")
+        self.found = self._find(superblock, index)
+        self._settle(superblock, index)
+        if created:
+            self.report.outcome = RecoveryRow.CREATED
+
+    def _find(self, superblock: Superblock, index: SlotIndex | None) -> Scanned:
+        """Where the journal ends: by the seal, or by a scan. Changes nothing."""
+        seal, report = superblock.seal, self.report
+        if seal is not None and index is not None and index.crc() == seal.index_crc:
+            self._watch.lap("index")
+            self.seal = seal
+            report.outcome = RecoveryRow.SEALED
+            row = self.segments.table.row(seal.lsn)
+            return Scanned(None, seal.lsn, seal.link, row, proven_lsn=seal.lsn)
+        durable = 0 if index is None else index.progress()[1]
+        found = scan_journal(self.segments.table, superblock, durable, self.options.progress)
+        report.outcome = decide(found.finding)
+        self._watch.lap("scan")
+        if report.outcome in REFUSED:
+            raise refuse(report.outcome, found, self.segments.table)
+        return found
+
+    def _create(self) -> Superblock:
+        check_empty(self.directory, self.options)
+        superblock = Superblock(
+            uuid=os.urandom(16),
+            slot_count=self.options.slots or SLOTS_DEFAULT,
+            segment_bytes=self.options.segment_bytes or SEGMENT_BYTES_DEFAULT,
+            align_bytes=self.options.align_bytes or 0,
+            sequence=0,
+        )
+        self.directory.sync_parent()
+        self.file = SuperblockFile(self.directory, superblock)
+        self.file.commit(superblock)
+        return self.file.current
+
+    def _check_sizes(self, superblock: Superblock) -> None:
+        for name, wanted, is_ in (
+            ("slots", self.options.slots, superblock.slot_count),
+            ("segment_bytes", self.options.segment_bytes, superblock.segment_bytes),
+            ("commit_align_bytes", self.options.align_bytes, superblock.align_bytes),
+        ):
+            if wanted is not None and wanted != is_:
+                raise IncompatibleFormatError(f"{self.directory} was made with {name}={is_}, not {wanted}")
+
+    def _settle(self, superblock: Superblock, index: SlotIndex | None) -> None:
+        """Makes what was found the truth: the superblock durable, the tail proven, a new epoch there."""
+        found, watch = self.found, self._watch
+        records = superblock.segments
+        if found.slots is not None:
+            # The superblock that was read may not have been durable: nothing is written before one is.
+            self.file.commit(superblock)
+            self.directory.sync_parent()
+            self.remove_strangers()
+            renewed, written = rewrite_unproven(self.directory, self.segments.table, superblock, found)
+            self.report.rewritten_bytes = written
+            records = tuple(
+                replace(renewed.get(r.id, r), end_lsn=found.ends.get(r.id, r.end_lsn)) for r in records
+            )
+            watch.lap("rewrite")
+        kept = [r for r in records if r.base_lsn <= found.tail_lsn]
+        if self.report.outcome in {RecoveryRow.SEALED, RecoveryRow.CLEAN}:
+            kept = list(records[: len(kept) + 1])  # the one prepared ahead is still blank
+        self.file.commit(replace(superblock, segments=tuple(kept)).with_epoch(found.tail_lsn))
+        if found.slots is None:
+            self.directory.sync_parent()
+        self.segments.follow(self.file.current.segments)
+        watch.lap("epoch")
+        self.index = index or SlotIndex.create(self.directory, superblock.uuid, superblock.slot_count)
+        if found.slots is not None:
+            self.index.fill(found.slots)
+            found.slots = None
+        report = self.report
+        report.frames, report.entries, report.scanned_bytes = found.frames, found.entries, found.scanned_bytes
+        report.tail_lsn, report.proven_lsn = found.tail_lsn, found.proven_lsn
+        report.cut_bytes = found.stop_lsn - found.tail_lsn + found.torn_bytes if found.stop_lsn else 0
+        watch.lap("index")
+
+    def remove_strangers(self) -> None:
+        """Files of our own names that the superblock does not name. A failed unlink is no matter."""
+        named = {r.name for r in self.file.current.segments}
+        removed = [n for n in self.directory.names() if fmt.is_ours(n) and n not in named]
+        self.report.removed_files += tuple(self.file.remove_files(removed))
+
+    def let_go(self) -> None:
+        """Closes what was opened so far, but the directory."""
+        if hasattr(self, "index"):
+            self.index.close()
+        if hasattr(self, "file"):
+            self.file.close()
