@@ -17,7 +17,7 @@ import numpy.typing as npt
 from mmapwal import format as fmt
 from mmapwal._native import ffi, lib
 from mmapwal.engine import Engine
-from mmapwal.errors import BusyError, CorruptionError
+from mmapwal.errors import CorruptionError
 from mmapwal.segment import Segment, make_segment, native_scan, scan_fields
 from mmapwal.superblock import SegmentRecord
 
@@ -30,13 +30,8 @@ RUNS = 4096
 def shrinking(engine: Engine) -> Iterator[None]:
     """One shrinking operation at a time; BusyError for the second."""
     engine.check_usable()
-    me = object()
-    try:  # an interrupt may come right behind any call
-        if not engine.shrinking.take(me):
-            raise BusyError("another drain, truncate_from, compact or checkpoint is under way")
+    with engine.shrinking.hold(wait=False):
         yield
-    finally:
-        engine.shrinking.release(me)
 
 
 def compact(engine: Engine) -> int:
@@ -111,12 +106,8 @@ def _commit(
 ) -> None:
     gone = {r.id for r in dropped}
     with engine.structure:
-        present = engine.superblock.segments  # one may have been prepared meanwhile
-        segments = tuple(
-            replace(renewed[r.id], end_lsn=r.end_lsn) if r.id in renewed else r
-            for r in present
-            if r.id not in gone
-        )
+        present = engine.records_with_ends()  # one may have been prepared meanwhile
+        segments = tuple(renewed.get(r.id, r) for r in present if r.id not in gone)
         new = replace(engine.superblock, segments=segments)
         lowest = min((r.base_lsn for r in segments if r.id >= (clean_below_id or 0)), default=0)
         new = replace(new, removals=tuple(r for r in new.removals if r.below_lsn > lowest))
@@ -203,7 +194,7 @@ def _renew(engine: Engine, segment: Segment, live: Live, frames: int) -> tuple[S
             gained += end - start
     if gained == 0:
         return None, 0
-    new = replace(record, generation=record.generation + 1)
+    new = replace(record, generation=record.generation + 1, end_lsn=end_lsn)
     make_segment(engine.directory, engine.superblock.uuid, new, contents, sparse=True)
     try:
         check = _scan(engine, Segment(engine.directory, engine.superblock.uuid, new))

@@ -9,7 +9,7 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -51,32 +51,43 @@ _DURABILITY = {Durability.SYNC: lib.MW_SYNC, Durability.OS: lib.MW_OS, Durabilit
 
 
 class Turn:
-    """Whose turn it is to shrink. Held by a token, so that an interrupt right behind take() cannot
-    leave it taken: release() asks whose it is."""
+    """Whose turn it is to shrink. Held by a token: wherever an interrupt arrives, whoever leaves knows
+    whether it has the turn, and gives it back."""
 
     def __init__(self) -> None:
         self._holder: dict[str, tuple[object, int]] = {}
         self._freed = threading.Condition()
 
-    def take(self, token: object) -> bool:
-        mine = (token, threading.get_ident())
-        return self._holder.setdefault("by", mine)[0] is token  # one step of the interpreter
+    @contextlib.contextmanager
+    def hold(self, *, wait: bool) -> Iterator[None]:
+        """BusyError when another has it and not `wait`, or when this very thread has it."""
+        me = object()
+        try:
+            self._take(me, wait)
+            yield
+        finally:
+            try:
+                self._release(me)
+            except BaseException:  # an interrupt on its way in
+                self._release(me)
+                raise
 
-    def wait_and_take(self, token: object) -> None:
-        """BusyError when this very thread has it (a signal handler)."""
-        while not self.take(token):
+    def _take(self, me: object, wait: bool) -> None:
+        mine = (me, threading.get_ident())
+        while self._holder.setdefault("by", mine)[0] is not me:  # one step of the interpreter
             with self._freed:
                 holder = self._holder.get("by")
-                if holder is not None and holder[1] == threading.get_ident():
-                    raise BusyError("this thread is removing entries or compacting")
-                if holder is not None:
-                    self._freed.wait()
+                if holder is None:
+                    continue
+                if not wait or holder[1] == mine[1]:
+                    raise BusyError("another drain, truncate_from, compact or checkpoint is under way")
+                self._freed.wait()
 
-    def release(self, token: object) -> None:
+    def _release(self, me: object) -> None:
         holder = self._holder.get("by")
-        if holder is not None and holder[0] is token:
+        if holder is not None and holder[0] is me:
             with self._freed:
-                del self._holder["by"]
+                self._holder.pop("by", None)
                 self._freed.notify_all()
 
 
@@ -94,6 +105,7 @@ class Engine:
         self._poison: tuple[str, BaseException | None] | None = None
         self._closing = threading.Event()
         self._settled = False  # closed as far as the files go
+        self.closed = False  # and all is let go
         self._preparer: threading.Thread | None = None
         if fmt.SUPERBLOCK_NAME not in directory.names():
             check_empty(directory, options)  # before a lock file is left where no journal may be
@@ -108,7 +120,10 @@ class Engine:
             if isinstance(e, PoisonedError):  # nobody has the journal yet: the failure itself says more
                 raise e.__cause__ or e from None
             raise
-        if directory.concurrent:
+
+    def start_preparing(self) -> None:
+        """Segments are made ahead from now on, where the directory allows threads."""
+        if self.directory.concurrent:
             self._preparer = threading.Thread(
                 target=_prepare_ahead, args=(weakref.ref(self), self.writer, self._closing),
                 name="mmapwal-prepare", daemon=True,
@@ -304,7 +319,7 @@ class Engine:
         """Lets the superblock name a segment that was made, in the place of one too small if there is."""
         dropped = False
         try:
-            kept = [r for r in self._with_ends() if r != prepared]
+            kept = [r for r in self.records_with_ends() if r != prepared]
             new = replace(self.superblock, segments=(*kept, record), next_segment_id=record.id + 1)
             if prepared is not None:
                 dropped = True  # before the call: an interrupt may come right behind it
@@ -334,8 +349,9 @@ class Engine:
             self.poison("putting a prepared segment back", reason)
             raise
 
-    def _with_ends(self) -> list[SegmentRecord]:
-        """The segments, with the ends that have become durable; those that were left are closed."""
+    def records_with_ends(self) -> list[SegmentRecord]:
+        """The segments, with the ends that have become durable. Closes those that were left; under
+        `structure`."""
         tail_id = self.state().tail_id
         records = []
         for record in self.superblock.segments:
@@ -408,19 +424,15 @@ class Engine:
     def close(self) -> None:
         """Syncs, seals, lets go. The failure of the sync is raised after everything is let go. An
         interrupted close can be called again: it goes on where it was."""
-        if self.forked:
+        if self.forked or self.closed:
             return
         failure: Exception | None = None
-        me = object()
-        try:
-            self.shrinking.wait_and_take(me)  # a compaction ends first; it works outside `structure`
+        with self.shrinking.hold(wait=True):  # a compaction ends first; it works outside `structure`
             with self.structure:
                 if not self._settled:
                     failure = self._settle_files()
                     self._settled = True
             self._let_go()
-        finally:
-            self.shrinking.release(me)
         if failure is not None:
             raise failure
 
@@ -444,7 +456,7 @@ class Engine:
                 lsn=int(state.written_lsn), link=int(state.link), index_crc=self.index.crc(),
                 live=int(state.live), first_op=int(state.first_op), last_op=int(state.last_op),
             )  # fmt: skip
-            new = replace(self.superblock, seal=seal, segments=tuple(self._with_ends()))
+            new = replace(self.superblock, seal=seal, segments=tuple(self.records_with_ends()))
             self.change(new, lambda: None)
         except (OSError, JournalError) as e:
             log.warning("%s was closed without a seal, the next open will scan: %s", self.directory, e)
@@ -455,14 +467,17 @@ class Engine:
             lib.mw_writer_close(self.writer)  # from here on it touches no file
         if self._preparer is not None and self._preparer is not threading.current_thread():
             self._preparer.join()
+        steps: list[Callable[[], None]] = []
         if hasattr(self, "segments"):
-            for segment in self.segments.table.segments:
-                segment.stop_writing()
+            steps += (s.stop_writing for s in self.segments.table.segments)
         if hasattr(self, "index"):
-            self.index.close()
-        if hasattr(self, "_file"):
-            self._file.close()
-        self.directory.close()
+            steps += (self.index.close, self._file.close)
+        for step in (*steps, self.directory.close):
+            try:
+                step()
+            except OSError as e:  # all that was promised is synced by now
+                log.info("closing %s: %s", self.directory, e)
+        self.closed = True
 
     def abandon(self) -> None:
         """Garbage collected without close(): nothing is synced, as after a kill."""

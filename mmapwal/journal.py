@@ -8,13 +8,13 @@ import threading
 import time
 import warnings
 import weakref
+from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
 import numpy.typing as npt
 from typing_extensions import Buffer
 
@@ -33,6 +33,7 @@ from mmapwal.errors import (
 from mmapwal.opening import Durability, Options
 from mmapwal.reader import DrainedEntries, Entry, Header, Reader
 from mmapwal.recovery import RecoveryReport
+from mmapwal.stats import JournalStats, take_stats
 from mmapwal.storage import Directory, SyncMethod, SystemDirectory
 from mmapwal.verify import VerifyReport, verify_open
 
@@ -40,30 +41,6 @@ __all__ = ["Journal", "JournalStats"]
 
 log = logging.getLogger("mmapwal")
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class JournalStats:
-    """A journal at one moment. Sizes in bytes; counters since it was opened."""
-
-    entries: int
-    first_op: int | None
-    last_op: int | None
-    snapshot_op: int
-    segments: int
-    file_bytes: int
-    live_bytes: int
-    dead_bytes: int
-    commits: int
-    syncs: int
-    appended_entries: int
-    appended_bytes: int
-    staged_bytes: int
-    held_bytes: int
-    oldest_view_s: float
-    removals: int
-    epoch: int
-    sequence: int
 
 
 def _choice(name: str, value: Any, low: int, high: int, multiple: int = 1) -> None:
@@ -152,6 +129,7 @@ class Journal:
         self._writer = engine.writer
         self._finalizer = weakref.finalize(self, _abandoned, engine, str(directory))
         self._finalizer.atexit = False
+        engine.start_preparing()
         self._syncing: threading.Thread | None = None
         self._stop_syncing = threading.Event()
         if sync_interval_ms is not None and durability is not Durability.SYNC:
@@ -184,8 +162,13 @@ class Journal:
             if self._syncing is not None:
                 self._syncing.join()
             self._reader.close(ClosedError("the journal is closed"))
-            self._engine.close()
-        self._finalizer.detach()
+            try:
+                self._engine.close()
+            finally:
+                if self._engine.closed:  # an interrupt may have left that for the next close
+                    self._finalizer.detach()
+        else:
+            self._finalizer.detach()
 
     # --- writing ----------------------------------------------------------------------------------
 
@@ -220,15 +203,15 @@ class Journal:
             flags |= lib.MW_REPLACE
         if timestamp is not None:
             flags &= ~lib.MW_NOW
-        elif self._clock is not None:
-            timestamp = self._clock()
+        else:
+            timestamp = self._clock() if self._clock is not None else 0
         try:
-            done = self._native_append(self._writer, data, length, op, kind, timestamp or 0, flags)
+            done = self._native_append(self._writer, data, length, op, kind, timestamp, flags)
         except (OverflowError, TypeError) as e:
             raise _out_of_range(e, kind, timestamp) from None
         if done > 0:
             return done  # type: ignore[no-any-return]
-        args = (self._writer, data, length, op, kind, timestamp or 0, flags)
+        args = (self._writer, data, length, op, kind, timestamp, flags)
         return self._append_again(done, self._native_append, args, fmt.frame_bytes(length), op)
 
     def append_many(
@@ -240,21 +223,18 @@ class Journal:
         `kinds` one each. A batch with its frames is bounded by what one payload may take, or a segment:
         PayloadTooLargeError says by how much. Else as append().
         """
-        parts = [p if type(p) is bytes else self._bytes(p) for p in payloads]
+        parts: list[Any] = list(payloads)
         if not parts:
-            state = self._engine.state()
-            start = first_op if first_op is not None else int(state.next_op)
+            self._engine.check_usable()
+            start = int(self._state().next_op) if first_op is None else _check_op(first_op, "first_op")
             return range(start, start)
-        lengths = np.fromiter(map(len, parts), np.uint64, len(parts))
-        longest = int(lengths.max())
-        if longest > self._max_payload_bytes:
-            raise PayloadTooLargeError(f"{longest} bytes; max_payload_bytes is {self._max_payload_bytes}")
-        total = int(((lengths + np.uint64(fmt.FRAME_BYTES + 7)) & ~np.uint64(7)).sum())
-        if total > self._max_batch_bytes:
-            over = total - self._max_batch_bytes
-            raise PayloadTooLargeError(
-                f"the batch takes {total} bytes, {over} more than one may: {self._max_batch_bytes}"
-            )
+        if set(map(type, parts)) != {bytes}:
+            parts = [p if type(p) is bytes else self._bytes(p) for p in parts]
+        lengths = array("Q", map(len, parts))
+        joined = b"".join(parts)
+        total = len(joined) + (fmt.FRAME_BYTES + 7) * len(parts)  # at most
+        if len(joined) > self._max_payload_bytes or total > self._max_batch_bytes:
+            total = self._check_batch(lengths)
         if kinds is not None and len(kinds) != len(parts):
             raise ValueError(f"{len(kinds)} kinds for {len(parts)} payloads")
         column = ffi.NULL
@@ -266,8 +246,8 @@ class Journal:
         first = 0 if first_op is None else _check_op(first_op, "first_op")
         timestamp = 0 if self._clock is None else self._clock()
         args = (
-            self._writer, b"".join(parts), ffi.cast("uint64_t *", ffi.from_buffer(lengths)), column,
-            len(parts), first, kind, timestamp, self._flags,
+            self._writer, joined, ffi.from_buffer("uint64_t[]", lengths), column, len(parts), first, kind,
+            timestamp, self._flags,
         )  # fmt: skip
         try:
             done = lib.mw_append_many(*args)
@@ -276,6 +256,19 @@ class Journal:
         if done <= 0:
             done = self._append_again(done, lib.mw_append_many, args, total, first)
         return range(done, done + len(parts))
+
+    def _check_batch(self, lengths: array[int]) -> int:
+        """What the batch takes; PayloadTooLargeError."""
+        longest = max(lengths)
+        if longest > self._max_payload_bytes:
+            raise PayloadTooLargeError(f"{longest} bytes; max_payload_bytes is {self._max_payload_bytes}")
+        total = sum(map(fmt.frame_bytes, lengths))
+        if total > self._max_batch_bytes:
+            over = total - self._max_batch_bytes
+            raise PayloadTooLargeError(
+                f"the batch takes {total} bytes, {over} more than one may: {self._max_batch_bytes}"
+            )
+        return total
 
     def _append_again(
         self, code: int, call: Callable[..., int], args: tuple[Any, ...], frame_bytes: int, op: int
@@ -442,6 +435,7 @@ class Journal:
         """Records that the snapshot of this op and checksum is the journal's, and moves the watermark to
         `op`, by one superblock. For SnapshotCoordinator; the snapshot is durable already. Errors as
         set_snapshot_op()."""
+        _choice("checksum", checksum, 0, 2**32 - 1)
         removal.set_watermark(self._engine, _check_op(op, low=0), checksum=checksum)
 
     def set_user_data(self, data: bytes) -> None:
@@ -539,23 +533,7 @@ class Journal:
 
     def stats(self) -> JournalStats:
         """Counters and sizes at one moment. Walks the slots: about a millisecond for 65,536."""
-        state, superblock = self._state(), self._engine.superblock
-        live = compaction.Live(self._engine.index.copy()).total_bytes
-        held = self._engine.segments.held.held()
-        now = time.monotonic()
-        segment_bytes = sum(s.capacity + fmt.PAGE_BYTES for s in superblock.segments)
-        used = sum(min(s.next_base_lsn, state.written_lsn) - s.base_lsn
-                   for s in superblock.segments if s.base_lsn < state.written_lsn)  # fmt: skip
-        return JournalStats(
-            entries=int(state.live), first_op=int(state.first_op) or None, last_op=int(state.last_op) or None,
-            snapshot_op=int(state.watermark), segments=len(superblock.segments),
-            file_bytes=segment_bytes + fmt.PAGE_BYTES + superblock.slot_count * fmt.SLOT_BYTES,
-            live_bytes=live, dead_bytes=max(0, used - live), commits=int(state.commits),
-            syncs=int(state.syncs), appended_entries=int(state.entries), appended_bytes=int(state.bytes),
-            staged_bytes=int(state.staged_bytes), held_bytes=sum(length for length, _ in held),
-            oldest_view_s=max((now - since for _, since in held), default=0.0),
-            removals=len(superblock.removals), epoch=int(state.epoch), sequence=superblock.sequence,
-        )  # fmt: skip
+        return take_stats(self._engine)
 
     def verify(self, progress: Progress | None = None) -> VerifyReport:
         """Checks every durable frame, and the index against them, while the journal goes on. Blocks

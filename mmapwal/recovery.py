@@ -180,6 +180,7 @@ def scan_journal(
     """
     slots = rebuilt_slots(superblock.slot_count)
     found = Scanned(slots, superblock.next_base_lsn, 0)
+    found.stop_lsn = found.tail_lsn
     found.proven_lsn = max(_superblock_proof(superblock), index_durable_lsn)
     rows = removal_rows(superblock)
     total = sum(s.record.capacity for s in table.segments)
@@ -267,7 +268,9 @@ def rewrite_unproven(
     total = 0
     for segment in table.segments:
         record = segment.record
-        start = record.base_lsn if superblock.align_bytes else max(record.base_lsn, found.proven_lsn)
+        # A gap may lie over the place below which all is proven: no frame starts there.
+        whole = superblock.align_bytes or record.generation > 0
+        start = record.base_lsn if whole else max(record.base_lsn, found.proven_lsn)
         end = min(found.ends.get(record.id, found.tail_lsn), found.tail_lsn)
         if end <= start or end <= found.proven_lsn:
             continue

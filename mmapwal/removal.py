@@ -26,6 +26,7 @@ def _holding(engine: Engine, first: int, last: int) -> Iterator[None]:
             engine.removing_thread = threading.get_ident()
             lib.mw_writer_barrier(engine.writer, first, last)
             engine.sync()
+            engine.start_epoch()  # where one is owed: what failed before shall not outlive its removal
             yield
         finally:
             lib.mw_writer_barrier(engine.writer, 1, 0)

@@ -133,7 +133,7 @@ class Superblock:
         head: Any = np.frombuffer(data, fmt.SUPERBLOCK_HEAD, 1)[0]
         if bytes(head["magic"]) != fmt.SUPERBLOCK_MAGIC:
             raise ValueError("not a superblock")
-        if int(head["version"]) != fmt.FORMAT_VERSION:
+        if int(head["version"]) != fmt.FORMAT_VERSION and not _is_rot_of_version(data):
             raise IncompatibleFormatError(
                 f"format version {head['version']}; this mmapwal reads version {fmt.FORMAT_VERSION}"
             )
@@ -169,6 +169,15 @@ class Superblock:
             removals=tuple(Removal(*row) for row in removals.tolist()),
             user_data=bytes(head["user"])[: int(head["user_bytes"])],
         )
+
+
+def _is_rot_of_version(data: bytes) -> bool:
+    """Whether all is right but the version: damage, and not the mark of another format."""
+    head: Any = np.frombuffer(data, fmt.SUPERBLOCK_HEAD, 1).copy()
+    head["version"] = fmt.FORMAT_VERSION
+    end = int(head["bytes"][0]) - 4
+    body = head.tobytes() + data[head.nbytes : end]
+    return len(data) >= end + 4 and data[end : end + 4] == struct.pack("<I", fmt.crc32c(body))
 
 
 def read_superblock(directory: Directory) -> Superblock | None:

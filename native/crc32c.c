@@ -36,6 +36,7 @@ static uint32_t portable(uint32_t crc, const uint8_t *p, uint64_t n) {
 #include <nmmintrin.h>
 #define TARGET __attribute__((target("sse4.2")))
 #define CRC8(crc, byte) _mm_crc32_u8(crc, byte)
+#define CRC32(crc, half) _mm_crc32_u32(crc, half)
 #define CRC64(crc, word) _mm_crc32_u64(crc, word)
 #define HAVE_INSTRUCTION 1
 static int have_instruction(void) { return __builtin_cpu_supports("sse4.2"); }
@@ -47,6 +48,7 @@ static int have_instruction(void) { return __builtin_cpu_supports("sse4.2"); }
 #endif
 #define TARGET __attribute__((target("+crc")))
 #define CRC8(crc, byte) __crc32cb((uint32_t)(crc), byte)
+#define CRC32(crc, half) __crc32cw(crc, half)
 #define CRC64(crc, word) __crc32cd((uint32_t)(crc), word)
 #define HAVE_INSTRUCTION 1
 static int have_instruction(void) { return (getauxval(AT_HWCAP) & HWCAP_CRC32) != 0; }
@@ -84,6 +86,13 @@ TARGET static uint32_t instruction(uint32_t seed, const uint8_t *p, uint64_t n) 
     }
     for (; n >= 8; p += 8, n -= 8) a = CRC64(a, word_at(p));
     uint32_t crc = (uint32_t)a;
+    if (n >= 4) { /* a frame's header ends so */
+        uint32_t half;
+        memcpy(&half, p, 4);
+        crc = CRC32(crc, half);
+        p += 4;
+        n -= 4;
+    }
     for (; n > 0; n--) crc = CRC8(crc, *p++);
     return crc;
 }

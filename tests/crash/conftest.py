@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-STATES = 400
+STATES = 250
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

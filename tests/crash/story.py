@@ -19,6 +19,8 @@ from mmapwal.testing import CrashDisk
 OPTIONS: dict[str, Any] = {"slots": 16, "segment_bytes": 16384}
 OP_MAX = 2**63 - 1
 
+DONE = {Durability.SYNC: "durable", Durability.OS: "written", Durability.BUFFERED: "buffered"}
+
 Note = tuple[str, Any]
 
 
@@ -58,9 +60,10 @@ Change = Callable[[Contents], Contents]
 class Expected:
     """The contents that may be found, as the notes go by."""
 
-    def __init__(self, start: Contents | None = None) -> None:
-        self.chain = [start or Contents()]  # what is promised, then what may be there too, in order
-        self.ghosts: list[Contents] = []  # of actions that failed: they may have happened
+    def __init__(self) -> None:
+        self.chain = [Contents()]  # what is promised, then what may be there too, in order
+        self.ghosts: list[Change] = []  # appends that failed: their frames may lie behind the tail
+        self._begun: Change | None = None
 
     @property
     def now(self) -> Contents:
@@ -69,23 +72,30 @@ class Expected:
     def take(self, note: Note) -> None:
         match note:
             case ("begin", change):
+                self._begun = change
                 self.chain.append(change(self.now))
             case ("durable", _):
                 self.chain, self.ghosts = self.chain[-1:], []
+            case ("synced", _):
+                self.chain = self.chain[-1:]
+            case ("written", _):
+                self.ghosts = []
             case ("found", contents):
                 self.chain, self.ghosts = [contents], []
             case ("refused", _):
                 self.chain.pop()
             case ("failed", _):
-                self.ghosts.append(self.chain.pop())
-            case ("written", _) | ("unclear", _):
+                self.chain.pop()
+                assert self._begun is not None
+                self.ghosts.append(self._begun)
+            case ("buffered", _) | ("unclear", _):
                 pass
             case _:
                 raise ValueError(note)
 
     @property
     def accepted(self) -> list[Contents]:
-        return [*self.chain, *self.ghosts]
+        return [*self.chain, *(ghost(contents) for ghost in self.ghosts for contents in self.chain)]
 
 
 def accepted(notes: Sequence[Note]) -> list[Contents]:
@@ -122,7 +132,7 @@ class Story:
         self.wrap = wrap
         self._tell = acknowledge
         self._options = OPTIONS | options
-        self._durable = self._options.get("durability", Durability.SYNC) is Durability.SYNC
+        self._durability = self._options.get("durability", Durability.SYNC)
         self.expected = Expected()
         for note in earlier:
             self.expected.take(note)
@@ -143,7 +153,9 @@ class Story:
         self.expected.take((kind, what))
         self._tell((kind, what))
 
-    def act(self, change: Change, call: Callable[[], Any], *, appends: bool = False) -> Any:
+    def act(
+        self, change: Change, call: Callable[[], Any], *, success: str = "durable", failure: str = "refused"
+    ) -> Any:
         """Says what is to come, does it, says what came of it.
 
         A change of structure that failed without poison has not happened. A failed append has not
@@ -153,10 +165,9 @@ class Story:
         try:
             result = call()
         except (OSError, JournalError):
-            clean = "failed" if appends else "refused"
-            self.note(clean if self.journal.poisoned is None else "unclear")
+            self.note(failure if self.journal.poisoned is None else "unclear")
             raise
-        self.note("durable" if self._durable or not appends else "written")
+        self.note(success)
         return result
 
     # --- what a user does
@@ -166,7 +177,8 @@ class Story:
         done: int = self.act(
             lambda c: c.with_entries({number: (payload, kind)}),
             lambda: self.journal.append(payload, op=op, kind=kind, replace=replace),
-            appends=True,
+            success=DONE[self._durability],
+            failure="failed",
         )
         assert done == number
         return done
@@ -176,14 +188,15 @@ class Story:
         done: range = self.act(
             lambda c: c.with_entries({first + i: (p, kind) for i, p in enumerate(payloads)}),
             lambda: self.journal.append_many(payloads, first_op=first_op, kind=kind),
-            appends=True,
+            success=DONE[self._durability],
+            failure="failed",
         )
         assert done == range(first, first + len(payloads))
         return done
 
     def sync(self) -> None:
         self.journal.sync()
-        self.note("durable")
+        self.note("synced")
 
     def drain(self, first: int, last: int) -> None:
         before = self.expected.now.entries
@@ -200,13 +213,16 @@ class Story:
         self.act(lambda c: c.with_watermark(op), lambda: self.journal.set_snapshot_op(op))
 
     def set_user_data(self, data: bytes) -> None:
-        if not self._durable:
-            self.sync()  # it promises nothing about entries
-        self.act(lambda c: replace(c, user_data=data), lambda: self.journal.set_user_data(data))
+        """It promises nothing about entries; but what was written before it is in order."""
+        if self._durability is not Durability.SYNC:
+            self.sync()
+        self.act(
+            lambda c: replace(c, user_data=data), lambda: self.journal.set_user_data(data), success="synced"
+        )
 
     def compact(self) -> None:
         self.journal.compact()
-        self.note("durable")
+        self.note("synced")
 
     # --- how a life ends
 

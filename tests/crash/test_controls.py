@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mmapwal import Durability, SyncMethod, compaction, engine, removal
+from mmapwal import Durability, SyncMethod, compaction, engine, opening, removal
 from mmapwal.errors import PoisonedError
 from mmapwal.storage import Directory
 from mmapwal.superblock import Superblock, SuperblockFile
@@ -198,7 +198,7 @@ def dies(story: Story) -> None:
 def test_a_recovery_that_believes_the_page_cache_is_caught(
     crash_states: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "rewrite_unproven", lambda *_: ({}, 0))
+    monkeypatch.setattr(opening, "rewrite_unproven", lambda *_: ({}, 0))
     is_caught(dies, crash_states, durability=Durability.OS)
 
 

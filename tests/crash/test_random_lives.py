@@ -1,6 +1,6 @@
-"""Random journals: any calls in any order, calls that fail, kills and power cuts, life after life on one disk.
+"""Random journals: any calls in any order, some of which fail, kills and power cuts, life after life.
 
-A failure names its seed; the test `test_a_random_life` with that seed alone repeats it.
+A failure names its seed, and all that was done: ``RandomLife(seed).run()`` does it again.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ LAYERS = [
     {"errors", "format"},
     {"storage", "injected"},
     {"segment", "index", "superblock"},
-    {"engine", "opening", "writer", "reader", "recovery", "compaction", "removal", "verify"},
+    {"engine", "opening", "writer", "reader", "recovery", "compaction", "removal", "verify", "stats"},
     {"journal", "snapshot"},
     {"replica", "aio", "testing"},
     {"mmapwal"},
