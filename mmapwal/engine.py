@@ -136,6 +136,7 @@ class Engine:
         self._file, self.segments, self.index = opening.file, opening.segments, opening.index
         self._start_writer(opening.found, opening.seal)
         opening.remove_strangers()
+        opening.watch.lap("writer")
 
     def _start_writer(self, found: Scanned, seal: Seal | None) -> None:
         superblock = self._file.current
@@ -481,7 +482,7 @@ class Engine:
 
     def abandon(self) -> None:
         """Garbage collected without close(): nothing is synced, as after a kill."""
-        if not self.forked and not self._closing.is_set() and self.writer is not None:
+        if not self.forked and not self.closed and self.writer is not None:
             self._closing.set()
             lib.mw_writer_close(self.writer)
             self.directory.close()

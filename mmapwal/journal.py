@@ -127,7 +127,7 @@ class Journal:
         self._flags = lib.MW_NOW if self._clock is None else 0
         self._native_append = lib.mw_append
         self._writer = engine.writer
-        self._finalizer = weakref.finalize(self, _abandoned, engine, str(directory))
+        self._finalizer = weakref.finalize(self, _abandoned, engine, self._reader)
         self._finalizer.atexit = False
         engine.start_preparing()
         self._syncing: threading.Thread | None = None
@@ -550,10 +550,11 @@ def _out_of_range(error: Exception, kind: Any, timestamp: Any) -> Exception:
     return ValueError(f"kind is 0 .. {fmt.KIND_MAX}, timestamp 64 bits; not {kind} and {timestamp}")
 
 
-def _abandoned(engine: Engine, name: str) -> None:
+def _abandoned(engine: Engine, reader: Reader) -> None:
     if not engine.forked:
-        warnings.warn(f"journal {name} was not closed", ResourceWarning, stacklevel=2)
         engine.abandon()
+        if reader.closed is None:  # close() was not even begun
+            warnings.warn(f"journal {engine.directory} was not closed", ResourceWarning, stacklevel=2)
 
 
 def _sync_often(engine: Engine, interval_s: float, stop: threading.Event) -> None:

@@ -83,7 +83,7 @@ class Opening:
         self.directory = directory
         self.options = options
         self.report = RecoveryReport()
-        self._watch = Stopwatch(self.report.seconds)
+        self.watch = Stopwatch(self.report.seconds)
 
     def run(self) -> None:
         """CorruptionError, IncompatibleFormatError, JournalError, OSError; PoisonedError when the
@@ -103,7 +103,7 @@ class Opening:
         index = SlotIndex.open(self.directory, superblock.uuid, superblock.slot_count)
         if index is not None:
             self.index = index
-        self._watch.lap("superblock")
+        self.watch.lap("superblock")
         self.found = self._find(superblock, index)
         self._settle(superblock, index)
         if created:
@@ -113,7 +113,7 @@ class Opening:
         """Where the journal ends: by the seal, or by a scan. Changes nothing."""
         seal, report = superblock.seal, self.report
         if seal is not None and index is not None and index.crc() == seal.index_crc:
-            self._watch.lap("index")
+            self.watch.lap("index")
             self.seal = seal
             report.outcome = RecoveryRow.SEALED
             row = self.segments.table.row(seal.lsn)
@@ -121,7 +121,7 @@ class Opening:
         durable = 0 if index is None else index.progress()[1]
         found = scan_journal(self.segments.table, superblock, durable, self.options.progress)
         report.outcome = decide(found.finding)
-        self._watch.lap("scan")
+        self.watch.lap("scan")
         if report.outcome in REFUSED:
             raise refuse(report.outcome, found, self.segments.table)
         return found
@@ -151,7 +151,7 @@ class Opening:
 
     def _settle(self, superblock: Superblock, index: SlotIndex | None) -> None:
         """Makes what was found the truth: the superblock durable, the tail proven, a new epoch there."""
-        found, watch = self.found, self._watch
+        found, watch = self.found, self.watch
         records = superblock.segments
         if found.slots is not None:
             # The superblock that was read may not have been durable: nothing is written before one is.
