@@ -205,8 +205,12 @@ class _SystemFile:
             _check(lib.mw_map_sync(self._shared.address, self._shared.length), self._name)
         _check(lib.mw_file_sync(self._file), self._name)
 
+    def _outgrew(self, mapping: Mapping) -> bool:
+        """Whether the file has another length than its mapping; views of that keep it."""
+        return self._file.fd >= 0 and mapping.length != len(self)
+
     def shared(self) -> memoryview:
-        if self._shared is None:
+        if self._shared is None or self._outgrew(self._shared):
             self._shared = Mapping(self._file.fd, len(self), writable=True, name=self._name)
         return self._shared.view
 
@@ -236,7 +240,7 @@ class MappedStorage(_SystemFile):
             )
 
     def view(self) -> memoryview:
-        if self._mapping is None:
+        if self._mapping is None or self._outgrew(self._mapping):
             self._mapping = Mapping(self._file.fd, len(self), writable=False, name=self._name)
         return self._mapping.view
 

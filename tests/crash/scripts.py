@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from unittest import mock
 
 import pytest
+
+from mmapwal import format as fmt
 
 from .story import Story
 
@@ -132,11 +135,22 @@ def goes_round_the_ring(story: Story) -> None:
         story.compact()
 
 
+def drains_until_there_are_too_many_rows(story: Story) -> None:
+    """A removal that leaves something live below it takes a row; when all are taken, it compacts."""
+    with mock.patch.object(fmt, "REMOVALS_MAX", 3):
+        story.append(b"stays")
+        for n in range(5):
+            story.append(b"%d" % n * 600)
+            story.drain(2, 2)
+        story.append(b"last" * 100)
+
+
 SCRIPTS: list[Script] = [
     creates_and_appends,
     appends_batches_over_a_rotation,
     fills_gaps_and_replaces,
     drains,
+    drains_until_there_are_too_many_rows,
     truncates_and_refills,
     moves_the_watermark,
     compacts,

@@ -10,6 +10,7 @@ import itertools
 import random
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -21,24 +22,24 @@ from mmapwal import (
     StaleOpError,
     SyncMethod,
 )
+from mmapwal import format as fmt
 from mmapwal.storage import Directory
 from mmapwal.testing import CrashDisk, Fault, FaultDirectory, When
 
 from .story import Contents, Note, Story, check, close_dead, contents_of
 
-SLOTS = 16
 REFUSALS = (DuplicateOpError, StaleOpError, JournalFullError)
 SIZES = [0, 1, 60, 400, 456, 900, 1400, 3000, 6000, 14000]
 LIVES = 8
 
 
-def may_refuse(contents: Contents, first: int, count: int, *, replace: bool) -> bool:
+def may_refuse(contents: Contents, slots: int, first: int, count: int, *, replace: bool) -> bool:
     """Whether an append of these ops has to be refused, by what is live."""
-    taken = {op % SLOTS: op for op in contents.entries}
+    taken = {op % slots: op for op in contents.entries}
     for op in range(first, first + count):
         if op <= contents.watermark or (op in contents.entries and not replace):
             return True
-        if taken.setdefault(op % SLOTS, op) != op:
+        if taken.setdefault(op % slots, op) != op:
             return True
     return False
 
@@ -48,10 +49,12 @@ class RandomLife:
 
     def __init__(self, seed: int) -> None:
         self.rng = rng = random.Random(seed)
-        align = rng.choice([0, 0, 512])
+        align = rng.choice([0, 0, 0, 512, 512, 4096])
         method = rng.choice([SyncMethod.DSYNC, SyncMethod.FDATASYNC])
         self.disk = CrashDisk(sync_method=method, damage=align > 0 and rng.random() < 0.5)
-        self.options: dict[str, Any] = {"commit_align_bytes": align}
+        self.slots = rng.choice([16, 16, 16, 3, 64])
+        self.removals_max = rng.choice([fmt.REMOVALS_MAX, 3])
+        self.options: dict[str, Any] = {"commit_align_bytes": align, "slots": self.slots}
         self.notes: list[tuple[int, Note]] = []  # with the number of effects before each
         self.journals: list[Any] = []
         self.log: list[str] = []
@@ -72,7 +75,7 @@ class RandomLife:
         op = None if rng.random() < 0.6 else max(1, now.next_op() + rng.randrange(-8, 12))
         first = now.next_op() if op is None else op
         self.say("append", op, replace)
-        if may_refuse(now, first, 1, replace=replace):
+        if may_refuse(now, self.slots, first, 1, replace=replace):
             with pytest.raises(REFUSALS):
                 story.journal.append(b"refused", op=op, replace=replace)
         else:
@@ -83,7 +86,8 @@ class RandomLife:
         payloads = [self.payload()[: 12000 // 4] for _ in range(rng.randrange(1, 5))]
         first = None if rng.random() < 0.7 else max(1, now.next_op() + rng.randrange(-6, 8))
         self.say("append_many", first, [len(p) for p in payloads])
-        if may_refuse(now, now.next_op() if first is None else first, len(payloads), replace=False):
+        start = now.next_op() if first is None else first
+        if may_refuse(now, self.slots, start, len(payloads), replace=False):
             with pytest.raises(REFUSALS):
                 story.journal.append_many(payloads, first_op=first)
         else:
@@ -206,6 +210,10 @@ class RandomLife:
         self.disk = state
 
     def run(self) -> None:
+        with mock.patch.object(fmt, "REMOVALS_MAX", self.removals_max):
+            self._run()
+
+    def _run(self) -> None:
         try:
             for _ in range(LIVES):
                 self.live()

@@ -181,6 +181,15 @@ def test_a_view_shows_later_writes_of_the_same_storage(file: Storage) -> None:
     assert view[4098:4101] == b"def"
 
 
+def test_a_new_view_shows_a_file_that_has_grown(file: Storage) -> None:
+    file.write_at(0, b"a" * 100)
+    assert len(file.view()) == 100
+    file.write_at(200, b"b" * 5000)
+    assert file.view() == b"a" * 100 + bytes(100) + b"b" * 5000
+    file.truncate(50)
+    assert file.view() == b"a" * 50
+
+
 def test_a_view_stays_right_after_close_and_unlink(directory: Directory) -> None:
     file = directory.create("f")
     file.write_at(0, b"abc" * 3000)
