@@ -18,7 +18,6 @@ from mmapwal._native import ffi, lib
 from mmapwal.errors import (
     BusyError,
     ClosedError,
-    CorruptionError,
     DuplicateOpError,
     ForkedError,
     JournalError,
@@ -248,8 +247,6 @@ class Engine:
                 return ClosedError("the journal is closed")
             case lib.MW_E_FORKED:
                 return ForkedError("the writer belongs to the parent process")
-            case lib.MW_E_CORRUPT:
-                return CorruptionError("?", 0, 0, op, "a frame does not verify")
         if code <= lib.MW_E_DUPLICATE:
             return JournalError(f"unexpected result {code} of the C helper")
         for segment in self.segments.table.segments:
