@@ -201,7 +201,7 @@ class Engine:
 
     def poison(self, stage: str, cause: BaseException | None) -> None:
         if self._poison is None:
-            self._poison = (stage, cause)
+            self._poison = (stage, _without_frames(stage, cause))
         if self.writer is not None:
             code = cause.errno if isinstance(cause, OSError) and cause.errno else errno.EIO
             lib.mw_writer_poison(self.writer, -code)
@@ -217,7 +217,8 @@ class Engine:
                 segment = self.segments.by_id(state.tail_id)
                 name = segment.record.name if segment is not None else None
                 cause = OSError(state.poison_errno, os.strerror(state.poison_errno), name)
-            self._poison = (STAGES.get(state.poison_stage, "an unknown stage"), cause)
+            stage = STAGES.get(state.poison_stage, "an unknown stage")
+            self._poison = (stage, _without_frames(stage, cause))
         error = PoisonedError(self._poison[0])
         error.__cause__ = self._poison[1]
         return error
@@ -490,6 +491,12 @@ class Engine:
         if self.writer is not None:
             lib.mw_writer_fork(self.writer)
         self.directory.after_fork()
+
+
+def _without_frames(stage: str, cause: BaseException | None) -> BaseException | None:
+    """The cause is kept as long as the journal, so without the frames that it came through."""
+    log.error("the journal is poisoned by a failure in %s", stage, exc_info=cause)
+    return cause.with_traceback(None) if cause is not None else None
 
 
 def _prepare_ahead(ref: weakref.ref[Engine], writer: Any, closing: threading.Event) -> None:

@@ -45,9 +45,9 @@ class SlotIndex:
         self.fresh = fresh
         self._storage = storage
         whole = storage.shared()
-        self._pin = ffi.from_buffer(whole)
-        self.page = ffi.cast("struct mw_index_header *", self._pin)
-        self.slots = ffi.cast("struct mw_slot *", self._pin + fmt.PAGE_BYTES)
+        # Bare addresses, as in Segment.view; `memory` keeps the bytes where they are.
+        self.page = ffi.cast("struct mw_index_header *", ffi.from_buffer(whole))
+        self.slots = ffi.cast("struct mw_slot *", ffi.cast("uint8_t *", self.page) + fmt.PAGE_BYTES)
         self.memory = whole[fmt.PAGE_BYTES :].toreadonly()
         self.words = self.memory.cast("Q")  # the LSN of slot n is word 4 n
         self.load = struct.Struct("<QQqIHH").unpack_from  # lsn, op, timestamp, length, kind, reserved

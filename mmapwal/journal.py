@@ -187,11 +187,8 @@ class Journal:
         space (nothing happened). PoisonedError when the write or sync failed: the outcome is unknown.
         ClosedError, ForkedError. Blocks for one sync, which appends of other threads share.
         """
-        if type(payload) is bytes:
-            data: Any = payload
-            length = len(payload)
-        else:
-            data, length = self._buffer(payload)
+        data = payload if type(payload) is bytes else self._bytes(payload)
+        length = len(data)
         if length > self._max_payload_bytes:
             raise PayloadTooLargeError(f"{length} bytes; max_payload_bytes is {self._max_payload_bytes}")
         flags = self._flags
@@ -293,7 +290,9 @@ class Journal:
             code = call(*args)
         return code
 
-    def _buffer(self, payload: Any) -> tuple[Any, int]:
+    def _bytes(self, payload: Any) -> bytes:
+        """The payload of any other type. Copied here already: an exception would otherwise keep the
+        caller's buffer exported."""
         try:
             view = memoryview(payload)
         except TypeError:
@@ -302,11 +301,9 @@ class Journal:
             ) from None
         if not view.c_contiguous:
             raise ValueError("a payload is C-contiguous")
-        return (ffi.from_buffer(view), view.nbytes) if view.nbytes else (b"", 0)
-
-    def _bytes(self, payload: Any) -> bytes:
-        self._buffer(payload)
-        return bytes(payload) if not isinstance(payload, memoryview) else payload.tobytes()
+        if view.nbytes > self._max_payload_bytes:
+            raise PayloadTooLargeError(f"{view.nbytes} bytes; max_payload_bytes is {self._max_payload_bytes}")
+        return view.tobytes()
 
     def sync(self) -> int:
         """Makes all that was appended before durable; returns the durable LSN. Blocks.

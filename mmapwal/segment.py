@@ -110,7 +110,7 @@ class Segment:
         self._writer: Storage | None = None
         self._io: Any = None
         self._view: memoryview | None = None
-        self._pin: Any = None
+        self._address: Any = None
         self._guard = threading.Lock()
 
     def _open(self, *, writable: bool = False, sync_method: SyncMethod = SyncMethod.FDATASYNC) -> Storage:
@@ -149,7 +149,9 @@ class Segment:
                     if storage is not self._writer:
                         storage.close()
                     self._storage = storage
-                    self._pin = ffi.from_buffer(view)
+                    # A bare address, kept right by the view: a long-lived from_buffer() of a memoryview
+                    # crashes CPython's garbage collector when both end in one cycle.
+                    self._address = ffi.cast("const uint8_t *", ffi.from_buffer(view))
                     self._view = view
         return self._view
 
@@ -161,12 +163,12 @@ class Segment:
     def frames(self) -> Any:
         """Pointer to the first byte behind the header page; right as long as this object is."""
         self.view  # noqa: B018  # maps it
-        return ffi.cast("const uint8_t *", self._pin) + fmt.PAGE_BYTES
+        return self._address + fmt.PAGE_BYTES
 
     def unmap(self) -> None:
         """Lets go of the mapping; the next view makes a new one."""
         with self._guard:
-            self._view = self._pin = self._storage = None
+            self._view = self._address = self._storage = None
 
     def start_writing(self, sync_method: SyncMethod) -> Any:
         """The C committer's table of functions for this file."""
