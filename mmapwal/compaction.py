@@ -144,7 +144,9 @@ def _runs(segment: Segment, end_lsn: int, live: Live) -> Iterator[Any]:
             )
         if count < 0:
             raise OSError(-count, "reading the segment failed", record.name)
-        yield from ((r.from_lsn, r.to_lsn, r.last_lsn, r.link, bool(r.keep)) for r in runs[0:count])
+        yield from (
+            (r.from_lsn, r.to_lsn, r.last_lsn, r.link, r.gap_bytes, bool(r.keep)) for r in runs[0:count]
+        )
 
 
 def _end_of(engine: Engine, segment: Segment) -> int:
@@ -179,7 +181,7 @@ def _renew(engine: Engine, segment: Segment, live: Live, frames: int) -> tuple[S
     end_lsn = _end_of(engine, segment)
     contents: list[tuple[int, Any]] = []
     gained = 0
-    for start, end, last, link, keep in _runs(segment, end_lsn, live):
+    for start, end, last, link, gap_bytes, keep in _runs(segment, end_lsn, live):
         offset = fmt.PAGE_BYTES + start - record.base_lsn
         if keep:
             contents.append((offset, view[offset : offset + end - start]))
@@ -190,8 +192,7 @@ def _renew(engine: Engine, segment: Segment, live: Live, frames: int) -> tuple[S
         gap = ffi.new("struct mw_frame *")
         lib.mw_make_gap(gap, last_frame, start, end - start, link, segment.salt)
         contents.append((offset, bytes(ffi.buffer(gap))))
-        if last_frame.type != lib.MW_GAP or last != start:  # more than the gap that it was
-            gained += end - start
+        gained += end - start - gap_bytes
     if gained == 0:
         return None, 0
     new = replace(record, generation=record.generation + 1, end_lsn=end_lsn)

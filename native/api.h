@@ -203,6 +203,7 @@ struct mw_run {                 /* neighbouring frames of a segment, all kept or
     uint64_t from_lsn;
     uint64_t to_lsn;
     uint64_t last_lsn;          /* the last frame in it */
+    uint64_t gap_bytes;         /* of it that gaps stand for already */
     uint32_t link;              /* header_crc of the frame before the run */
     uint32_t keep;
 };

@@ -179,9 +179,11 @@ static int plan(void *arg) {
             run->from_lsn = *p->lsn;
             run->link = *p->link;
             run->keep = keep;
+            run->gap_bytes = 0;
         }
         run->to_lsn = *p->lsn + bytes;
         run->last_lsn = *p->lsn;
+        if (f.type == MW_GAP) run->gap_bytes += bytes;
         *p->link = f.type == MW_GAP ? f.payload_crc : f.header_crc;
         *p->lsn += bytes;
     }

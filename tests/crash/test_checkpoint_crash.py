@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mmapwal import Entry, JournalError, Replica, SnapshotPersistError, recover
+from mmapwal import Durability, Entry, JournalError, Replica, SnapshotPersistError, recover
 from mmapwal.storage import Directory
 from mmapwal.testing import CrashDisk, Fault, FaultDirectory, When, assert_crash_safe, every_fault
 
@@ -37,8 +37,8 @@ class Ledger:
 
 
 @contextlib.contextmanager
-def recovered(disk: Directory) -> Iterator[Replica]:
-    replica = recover("journal", Ledger(), storage=disk, **OPTIONS)
+def recovered(disk: Directory, **options: Any) -> Iterator[Replica]:
+    replica = recover("journal", Ledger(), storage=disk, **(OPTIONS | options))
     try:
         yield replica
     finally:
@@ -111,6 +111,43 @@ def test_a_snapshot_that_is_not_durable_before_it_is_paired_is_caught(
 
     with pytest.raises(AssertionError, match="not safe"):
         assert_crash_safe(scenario, check_replica, max_states=crash_states * 4)
+
+
+def checkpoints_what_is_not_synced(
+    wrap: Callable[[Directory], Directory],
+) -> Callable[[CrashDisk, Acknowledge], None]:
+    def scenario(disk: CrashDisk, acknowledge: Acknowledge) -> None:
+        with recovered(wrap(disk), durability=Durability.OS) as replica:
+            for number in range(1, 9):
+                acknowledge(("begin", f"{number}" * 500))
+                replica.submit(b"%d" % number * 500)
+                if number % 3 == 0:
+                    replica.checkpoint()
+                    acknowledge(("checkpoint", number))
+
+    return scenario
+
+
+def check_prefix(disk: CrashDisk, notes: Sequence[tuple[str, Any]]) -> None:
+    """What was submitted is there up to the last checkpoint at least, without a gap, nothing else."""
+    _, begun = wanted(notes)
+    checkpoints = [op for kind, op in notes if kind == "checkpoint"]
+    with recovered(disk) as replica:
+        applied = replica.machine.applied
+        assert applied == begun[: len(applied)]
+        assert len(applied) >= max(checkpoints, default=0)
+        assert replica.gap_op is None
+        replica.submit(b"after")
+
+
+def test_a_checkpoint_makes_durable_what_it_covers_before_its_snapshot(crash_states: int) -> None:
+    assert_crash_safe(checkpoints_what_is_not_synced(lambda d: d), check_prefix, max_states=crash_states)
+
+
+def test_a_checkpoint_that_does_not_sync_the_journal_first_is_caught(crash_states: int) -> None:
+    scenario = checkpoints_what_is_not_synced(lambda d: SkipEffect(d, "sync", r"^segment-[0-9a-f-]*$"))
+    with pytest.raises(AssertionError, match="not safe"):
+        assert_crash_safe(scenario, check_prefix, max_states=crash_states * 4)
 
 
 @pytest.mark.parametrize("when", [When.BEFORE, When.AFTER, When.UNSYNCED, When.SHORT])
