@@ -1,0 +1,144 @@
+"""What group commit gains: 1 .. 16 threads, one durable entry of 256 bytes a call each.
+
+Against the journal with one thread, against the raw C loop that writes one at a time, and against a
+plain leader with followers in C with as many threads.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from common import (
+    MIB,
+    PAYLOAD_BYTES,
+    Report,
+    SqliteLog,
+    finish,
+    frame_bytes,
+    interleave,
+    machine,
+    number,
+    options,
+    percentiles,
+    pyplot,
+    random_bytes,
+    rates,
+    ratios,
+    save,
+    time_each,
+    workspace,
+)
+from raw import Method, Timing, raw_file
+
+from mmapwal import Journal
+
+THREADS = (1, 2, 4, 8, 16)
+RAW, SQLITE = "raw C, one at a time", "sqlite3, one thread"
+# against one thread of its own; against the plain group commit in C; against sqlite3
+AIMS: dict[int, tuple[float | None, float | None, float | None]] = {
+    1: (None, None, None),
+    2: (None, None, None),
+    4: (2.0, 1.10, 2.5),
+    8: (None, 1.0, None),
+    16: (5.0, 1.0, None),
+}
+
+
+def journal_round(journal: Journal, payload: bytes, threads: int, count: int) -> Timing:
+    """Each thread appends `count` entries; from the first start to the last end."""
+    ns = np.zeros((threads, count), np.uint64)
+    spans: list[tuple[int, int]] = [(0, 0)] * threads
+    errors: list[BaseException] = []
+    start = threading.Barrier(threads)
+
+    def work(who: int) -> None:
+        try:
+            start.wait()
+            from_ns = time.perf_counter_ns()
+            ns[who] = time_each(journal.append, payload, count).ns
+            spans[who] = (from_ns, time.perf_counter_ns())
+        except Exception as e:  # noqa: BLE001  # raised below, in the thread that can be seen
+            errors.append(e)
+            start.abort()
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(threads)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    if errors:
+        raise errors[0]
+    return Timing(ns.ravel(), max(to for _, to in spans) - min(at for at, _ in spans))
+
+
+def measure(folder: Path, rounds: int, count: int) -> dict[str, list[Timing]]:
+    payload = random_bytes(PAYLOAD_BYTES)
+    frame = random_bytes(frame_bytes(PAYLOAD_BYTES))
+    with ExitStack() as stack:
+        raw = stack.enter_context(raw_file(folder / "raw", Method.FDATASYNC, 32 * MIB))
+        group = stack.enter_context(raw_file(folder / "group", Method.RWF_DSYNC, 32 * MIB))
+        journal = stack.enter_context(Journal(folder / "journal", slots=1 << 20))
+        sqlite = stack.enter_context(closing(SqliteLog(folder / "sqlite")))
+        contenders: dict[str, Callable[[], Timing]] = {RAW: partial(raw.run, frame, count)}
+        for n in THREADS:
+            contenders[f"journal {n}"] = partial(journal_round, journal, payload, n, count)
+            contenders[f"group {n}"] = partial(group.run_group, frame, n, count)
+        contenders[SQLITE] = partial(time_each, sqlite.append, payload, count)
+        return interleave(contenders, rounds)
+
+
+def picture(report: Report, path: Path) -> None:
+    """Entries a second by threads."""
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(5.5, 3.4))
+    for kind, label in (("journal", "mmapwal, Python threads"), ("group", "plain leader and followers, C")):
+        values = [report.extra["rates"][f"{kind} {n}"] for n in THREADS]
+        axes.plot(THREADS, [np.median(v) for v in values], "o-", ms=4, label=label)
+        low, high = (np.percentile(values, q, axis=1) for q in (25, 75))
+        axes.fill_between(THREADS, low, high, alpha=0.2)
+    for name, style in ((RAW, "--"), (SQLITE, ":")):
+        axes.axhline(np.median(report.extra["rates"][name]), color="black", linestyle=style, lw=1, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(THREADS, [str(n) for n in THREADS])
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("threads, one durable entry of 256 bytes a call each")
+    axes.set_ylabel("entries a second")
+    axes.legend(fontsize=7)
+    save(figure, path)
+
+
+def main() -> int:
+    args = options(__doc__).parse_args()
+    rounds = args.rounds or (4 if args.quick else 25)
+    with workspace(args.dir) as folder:
+        report = Report("threads.py", machine(folder))
+        results = measure(folder, rounds, 60 if args.quick else 100)
+    rate = {name: rates(timings) for name, timings in results.items()}
+    for n in THREADS:
+        own, plain, sqlite = AIMS[n]
+        mine = rate[f"journal {n}"]
+        threads = f"{n} threads" if n > 1 else "one thread"
+        if n > 1:
+            report.add(f"{threads} / one thread", ratios(mine, rate["journal 1"]), aim=own)
+        report.add(f"{threads} / {RAW}", ratios(mine, rate[RAW]))
+        report.add(f"{threads} / plain group commit in C", ratios(mine, rate[f"group {n}"]), aim=plain)
+        report.add(f"{threads} / {SQLITE}", ratios(mine, rate[SQLITE]), aim=sqlite)
+    report.notes.append("entries a second, and microseconds a call:")
+    for name, timings in results.items():
+        points = percentiles(timings)
+        shown = "  ".join(f"{p} {v:8.1f}" for p, v in points.items())
+        report.notes.append(f"  {name:22} {number(float(np.median(rate[name]))):>9}  {shown}")
+    report.extra["rates"] = rate
+    report.extra["latency_us"] = {name: percentiles(timings) for name, timings in results.items()}
+    return finish(report, args, picture)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
