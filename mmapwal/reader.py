@@ -13,7 +13,7 @@ import numpy.typing as npt
 from mmapwal import format as fmt
 from mmapwal._native import ffi, lib
 from mmapwal.engine import Engine
-from mmapwal.errors import CorruptionError, MissingOpError
+from mmapwal.errors import CorruptionError, MissingOpError, PoisonedError
 from mmapwal.opening import Durability
 from mmapwal.segment import SegmentSet, SegmentTable
 
@@ -167,6 +167,15 @@ class Reader:
         if not self._verify and self.closed is None:
             self.plain_below_lsn = self._durable_lsn
 
+    def _readable(self, lsns: npt.NDArray[Any]) -> int:
+        """How many of the rows can be given: all, or those before the first that a failure leaves unclear."""
+        try:
+            self._reach(int(lsns.max()))
+        except PoisonedError:
+            unclear = lsns >= int(self._engine.state().durable_lsn)
+            return int(unclear.argmax())
+        return len(lsns)
+
     def check(self, table: SegmentTable, row: int, lsn: int, op: int, target: bytearray | None = None) -> Any:
         """Checks the frame, guarded against SIGBUS; copies its payload to a target. Its header."""
         segment = table.segments[row]
@@ -264,7 +273,7 @@ class Reader:
         while True:
             if self.closed is not None:
                 raise self.closed
-            if self._relaxed:
+            if self._relaxed and not self._engine.state().poison_stage:
                 self._engine.flush()
             count = lib.mw_gather(
                 index.slots,
@@ -285,12 +294,16 @@ class Reader:
             elif count == 0:
                 return
             else:
-                if self._relaxed:
-                    self._reach(int(out.lsn[:count].max()))
-                yield table, out, count, bool(cursor.uniform)
+                readable = self._readable(out.lsn[:count]) if self._relaxed else count
+                if readable:
+                    yield table, out, readable, bool(cursor.uniform)
+                if readable < count:
+                    raise self._engine.poisoned()
 
     def _recover_gather(self, rc: int, table: SegmentTable, cursor: Any) -> SegmentTable:
         op, lsn = int(cursor.op), int(cursor.lsn)
+        if self._relaxed:
+            self._reach(lsn)
         if rc == lib.MW_E_TABLE:
             if cursor.segment != _NO_ROW:
                 self._map(table, int(cursor.segment))

@@ -137,9 +137,9 @@ def test_a_journal_that_is_forgotten_is_let_go_with_a_warning(home: Home, durabi
     assert bytes(view) == b"2" * 1000
     found = home.open()
     assert found.report.outcome.value == "clean"
-    assert len(found) == 11  # it was read, so it had been handed to the kernel; nothing was synced
-    assert found.report.tail_lsn > durable
-    assert found.append(b"goes on") == 12
+    assert found.report.tail_lsn >= durable
+    assert len(found) == (10 if durability == "buffered" else 11)  # as after a kill: nothing is handed over
+    assert found.append(b"goes on") == len(found)
 
 
 def test_a_journal_that_was_closed_is_forgotten_without_a_warning(home: Home) -> None:
@@ -304,9 +304,8 @@ os.close(write)
 
 def test_memory_is_locked_while_it_is_open() -> None:
     directory = MemoryDirectory()
-    with Journal("j", storage=directory, **SMALL):
-        with pytest.raises(LockedError):
-            Journal("j", storage=directory)
+    with Journal("j", storage=directory, **SMALL), pytest.raises(LockedError):
+        Journal("j", storage=directory)
     Journal("j", storage=directory).close()
 
 
