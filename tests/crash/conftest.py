@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-STATES = 250
+STATES = 200
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

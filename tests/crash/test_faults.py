@@ -22,9 +22,15 @@ FAULTS = [
     (errno.ENOSPC, When.AFTER),
     (errno.ENOSPC, When.SHORT),
 ]
-parametrize_faults = pytest.mark.parametrize(
-    ("error", "when"), FAULTS, ids=[f"{errno.errorcode[e]}-{w.value}" for e, w in FAULTS]
-)
+
+
+def _parametrize(faults: list[tuple[int, When]]) -> pytest.MarkDecorator:
+    names = [f"{errno.errorcode[error]}-{when.value}" for error, when in faults]
+    return pytest.mark.parametrize(("error", "when"), faults, ids=names)
+
+
+parametrize_faults = _parametrize(FAULTS)
+parametrize_few_faults = _parametrize([FAULTS[2], FAULTS[5]])
 Step = Callable[[Story], Any]
 
 STEPS: list[Step] = [
@@ -137,15 +143,21 @@ def start(lives: list[FaultyLife], fault: Fault, **options: Any) -> FaultyLife:
 
 
 @parametrize_faults
-@pytest.mark.parametrize("method", [SyncMethod.DSYNC, SyncMethod.FDATASYNC])
 def test_whatever_call_fails_nothing_acknowledged_is_lost(
-    error: int, when: When, method: SyncMethod, lives: list[FaultyLife]
+    error: int, when: When, lives: list[FaultyLife]
 ) -> None:
     """After the failure: opened again in the same boot, and after a power cut."""
-    live_with_each_fault(lives, error, when, method, Durability.SYNC)
+    live_with_each_fault(lives, error, when, SyncMethod.DSYNC, Durability.SYNC)
 
 
-@pytest.mark.parametrize(("error", "when"), [(errno.EIO, When.UNSYNCED), (errno.ENOSPC, When.SHORT)])
+@parametrize_few_faults
+def test_the_same_where_a_commit_is_a_write_and_then_a_sync(
+    error: int, when: When, lives: list[FaultyLife]
+) -> None:
+    live_with_each_fault(lives, error, when, SyncMethod.FDATASYNC, Durability.SYNC)
+
+
+@parametrize_few_faults
 @pytest.mark.parametrize("durability", [Durability.OS, Durability.BUFFERED])
 def test_whatever_call_fails_between_syncs_nothing_synced_is_lost(
     error: int, when: When, durability: Durability, lives: list[FaultyLife]
@@ -181,7 +193,7 @@ def killed() -> tuple[Story, list[Note]]:
     return story, notes
 
 
-@parametrize_faults
+@parametrize_few_faults
 def test_whatever_call_fails_while_opening_after_a_kill_the_next_open_finds_all(
     error: int, when: When
 ) -> None:

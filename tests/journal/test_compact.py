@@ -208,8 +208,8 @@ def test_a_segment_longer_than_others_is_given_back(home: Home) -> None:
         assert contents_of(found) == {2: (b"short", 0), 9: (b"long" * 50_000, 0)}
 
 
-def test_the_bytes_that_are_freed_are_gone_from_the_disk(home: Home, require: Callable[..., None]) -> None:
-    require(home.kind != "memory", "memory has no blocks to give back")
+@pytest.mark.parametrize("kind", ["mapped", "file"], indirect=True)
+def test_the_bytes_that_are_freed_are_gone_from_the_disk(home: Home) -> None:
     journal = filled(home, segment_bytes=65536)
 
     def used() -> int:
