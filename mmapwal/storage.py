@@ -274,11 +274,13 @@ class FileStorage(_SystemFile):
         super().__init__(fd, name, SyncMethod.FDATASYNC if sync_method is SyncMethod.MSYNC else sync_method)
         self._image: bytearray | None = None
         self._image_is_shared = False
+        self._guard = threading.RLock()  # the image is loaded between two writes, not within one
 
     def _load(self) -> bytearray:
-        if self._image is None:
-            self._image = bytearray(self.read_at(0, len(self)))
-        return self._image
+        with self._guard:
+            if self._image is None:
+                self._image = bytearray(self.read_at(0, len(self)))
+            return self._image
 
     def _remember(self, offset: int, data: Buffer) -> None:
         if self._image is not None:
@@ -289,17 +291,20 @@ class FileStorage(_SystemFile):
                 self._image[offset : offset + len(plain)] = plain
 
     def truncate(self, length: int) -> None:
-        super().truncate(length)
-        self._image = None
+        with self._guard:
+            super().truncate(length)
+            self._image = None
 
     def write_at(self, offset: int, data: Buffer) -> int:
-        done = super().write_at(offset, data)
-        self._remember(offset, data)
+        with self._guard:
+            done = super().write_at(offset, data)
+            self._remember(offset, data)
         return done
 
     def write_sync_at(self, offset: int, data: Buffer) -> int:
-        done = super().write_sync_at(offset, data)
-        self._remember(offset, data)
+        with self._guard:
+            done = super().write_sync_at(offset, data)
+            self._remember(offset, data)
         return done
 
     def view(self) -> memoryview:
@@ -310,9 +315,10 @@ class FileStorage(_SystemFile):
         return memoryview(self._load())
 
     def sync(self) -> None:
-        if self._image_is_shared and self._image is not None:
-            super().write_at(0, bytes(self._image))
-        super().sync()
+        with self._guard:
+            if self._image_is_shared and self._image is not None:
+                super().write_at(0, bytes(self._image))
+            super().sync()
 
 
 _locked: dict[tuple[int, int], int] = {}
