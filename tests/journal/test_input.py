@@ -208,7 +208,7 @@ def test_a_choice_out_of_range_is_refused_and_nothing_is_made(
     with pytest.raises(error):
         Journal(tmp_path / "j", **choice)
     assert not (tmp_path / "j").exists()
-    with Journal(tmp_path / "j") as journal:
+    with Journal(tmp_path / "j", **SMALL) as journal:
         journal.append(b"x")
     with pytest.raises(error):
         Journal(tmp_path / "j", **choice)
