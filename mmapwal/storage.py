@@ -206,8 +206,8 @@ class _SystemFile:
         _check(lib.mw_file_sync(self._file), self._name)
 
     def _outgrew(self, mapping: Mapping) -> bool:
-        """Whether the file has another length than its mapping; views of that keep it."""
-        return self._file.fd >= 0 and mapping.length != len(self)
+        """Whether the file is longer than its mapping; views of that keep it."""
+        return self._file.fd >= 0 and mapping.length < len(self)
 
     def shared(self) -> memoryview:
         if self._shared is None or self._outgrew(self._shared):

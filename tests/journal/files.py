@@ -183,6 +183,11 @@ def every_end(home: Home, journal: Journal) -> Iterator[Journal]:
     yield home.open()
 
 
+def settle(journal: Journal) -> None:
+    """Has the next segment made now, so that nobody makes it in the background later."""
+    journal._engine.prepare_segment()
+
+
 def after_kill(directory: MemoryDirectory) -> MemoryDirectory:
     """The same in memory."""
     left = copy.deepcopy(directory)

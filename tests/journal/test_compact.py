@@ -29,6 +29,7 @@ from .files import (
     killed,
     refused,
     refused_call,
+    settle,
     superblock_of,
     write,
 )
@@ -217,6 +218,7 @@ def test_the_bytes_that_are_freed_are_gone_from_the_disk(home: Home) -> None:
 
     for n in range(41, 141):
         journal.append(b"%04d" % n * 220, kind=n)
+    settle(journal)
     before = used()
     thin_out(journal, {5, 6, 80, 140})
     freed = journal.compact()

@@ -13,7 +13,7 @@ from mmapwal import Durability, Entry, Journal, MissingOpError, PoisonedError, S
 from mmapwal import format as fmt
 from mmapwal.testing import Fault, FaultDirectory
 
-from .files import SMALL, Home, after_kill, bytes_of, contents_of, every_end, killed, superblock_of
+from .files import SMALL, Home, after_kill, bytes_of, contents_of, every_end, killed, settle, superblock_of
 from .watched import Watched
 
 
@@ -358,6 +358,7 @@ def test_drain_shrinks_the_disk_and_keeps_what_lives(home: Home) -> None:
             return sum(4096 for at in range(0, len(whole), 4096) if any(whole[at : at + 4096]))
         return sum(p.stat().st_blocks * 512 for p in home.path.iterdir() if p.is_file())
 
+    settle(journal)
     before = used()
     journal.drain(1, 150)
     freed = journal.compact()

@@ -309,6 +309,16 @@ def test_memory_is_locked_while_it_is_open() -> None:
     Journal("j", storage=directory).close()
 
 
+def test_closing_an_old_journal_once_more_does_not_unlock_the_new_one(home: Home) -> None:
+    old = home.open(**SMALL)
+    old.close()
+    new = home.open()
+    old.close()
+    with pytest.raises(LockedError):
+        home.open()
+    assert new.append(b"x") == 1
+
+
 @pytest.mark.parametrize("kind", ["mapped"], indirect=True)
 def test_closing_gives_every_descriptor_back(home: Home) -> None:
     def descriptors() -> int:

@@ -20,6 +20,8 @@ from .files import (
     killed,
     put,
     read,
+    refused,
+    settle,
     superblock_of,
     write,
 )
@@ -249,6 +251,20 @@ def test_an_index_from_an_earlier_time_is_rebuilt(home: Home, how: str) -> None:
     assert journal.report.outcome is RecoveryRow.CLEAN
 
 
+@pytest.mark.parametrize("kind", ["mapped", "memory"], indirect=True)  # their index survives a kill
+def test_an_index_from_a_later_time_proves_that_something_is_missing(home: Home) -> None:
+    """Older segments were put back, the index was not."""
+    journal = home.open(**SMALL)
+    journal.append(b"one")
+    earlier = killed(home, journal)
+    journal.append(b"two")
+    later = killed(home, journal)
+    put(earlier.directory(), fmt.INDEX_NAME, read(later.directory(), fmt.INDEX_NAME))
+    assert "durable" in refused(earlier).reason
+    earlier.directory().unlink(fmt.INDEX_NAME)
+    assert contents_of(earlier.open()) == {1: (b"one", 0)}
+
+
 # --- what opening says and does -----------------------------------------------------------------------
 
 
@@ -345,6 +361,7 @@ def test_an_open_that_is_sealed_breaks_the_seal_before_anything_is_appended(home
 
 def test_closing_changes_only_the_superblock_and_the_index(home: Home) -> None:
     journal = filled(home)
+    settle(journal)
     before = bytes_of(home.directory())
     journal.close()
     after = bytes_of(home.directory())
