@@ -239,6 +239,10 @@ class MappedStorage(_SystemFile):
                 lib.mw_open(-100, os.fsencode(path), os.O_WRONLY | os.O_DSYNC, 0), name
             )
 
+    def truncate(self, length: int) -> None:
+        super().truncate(length)
+        self._mapping = None  # the next view is of the new length
+
     def view(self) -> memoryview:
         if self._mapping is None or self._outgrew(self._mapping):
             self._mapping = Mapping(self._file.fd, len(self), writable=False, name=self._name)
