@@ -102,6 +102,7 @@ class Engine:
         self.forked = False
         self.writer: Any = None
         self._poison: tuple[str, BaseException | None] | None = None
+        self._poison_guard = threading.RLock()
         self._closing = threading.Event()
         self._settled = False  # closed as far as the files go
         self.closed = False  # and all is let go
@@ -208,19 +209,21 @@ class Engine:
 
     def poisoned(self) -> PoisonedError:
         """A new error each time, with the first cause."""
-        if self._poison is None:
-            state = self.state()
-            cause: BaseException | None = next(
-                (e for s in self.segments.table.segments if (e := s.take_error()) is not None), None
-            )
-            if cause is None:
-                segment = self.segments.by_id(state.tail_id)
-                name = segment.record.name if segment is not None else None
-                cause = OSError(state.poison_errno, os.strerror(state.poison_errno), name)
-            stage = STAGES.get(state.poison_stage, "an unknown stage")
-            self._poison = (stage, _without_frames(stage, cause))
-        error = PoisonedError(self._poison[0])
-        error.__cause__ = self._poison[1]
+        with self._poison_guard:  # the first who asks takes the cause, for all
+            if self._poison is None:
+                state = self.state()
+                cause: BaseException | None = next(
+                    (e for s in self.segments.table.segments if (e := s.take_error()) is not None), None
+                )
+                if cause is None:
+                    segment = self.segments.by_id(state.tail_id)
+                    name = segment.record.name if segment is not None else None
+                    cause = OSError(state.poison_errno, os.strerror(state.poison_errno), name)
+                stage = STAGES.get(state.poison_stage, "an unknown stage")
+                self._poison = (stage, _without_frames(stage, cause))
+            stage, first = self._poison
+        error = PoisonedError(stage)
+        error.__cause__ = first
         return error
 
     def error(self, code: int, op: int | None = None) -> Exception:
