@@ -201,8 +201,9 @@ class Engine:
     # --- errors -----------------------------------------------------------------------------------
 
     def poison(self, stage: str, cause: BaseException | None) -> None:
-        if self._poison is None:
-            self._poison = (stage, _without_frames(stage, cause))
+        with self._poison_guard:
+            if self._poison is None:
+                self._poison = (stage, _without_frames(stage, cause))
         if self.writer is not None:
             code = cause.errno if isinstance(cause, OSError) and cause.errno else errno.EIO
             lib.mw_writer_poison(self.writer, -code)

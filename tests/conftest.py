@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +91,7 @@ class Home:
         self.path = path
         self.memory = MemoryDirectory(path.name)
         self._given: list[Journal | Directory | Home] = []
+        self._journals: weakref.WeakSet[Journal] = weakref.WeakSet()
 
     def directory(self) -> Directory:
         """The files. On memory it is one object for all; on the others a new descriptor each time."""
@@ -106,13 +109,17 @@ class Home:
             options.setdefault("storage", self.directory())
         journal = Journal(self.path, **options)
         self._given.append(journal)
+        self._journals.add(journal)
         return journal
 
     def after_kill(self) -> Home:
         """Another home with the files as they are at this instant: what kill -9 would leave behind."""
         copy = Home(self.kind, self.path.with_name(f"{self.path.name}-killed-{len(self._given)}"))
         self._given.append(copy)
-        _copy_files(self.directory(), copy.directory())
+        with ExitStack() as still:  # no segment is made and no superblock replaced while files are copied
+            for journal in self._journals:
+                still.enter_context(journal._engine.structure)
+            _copy_files(self.directory(), copy.directory())
         return copy
 
     def close(self) -> None:
@@ -131,8 +138,10 @@ def _copy_files(old: Directory, new: Directory) -> None:
     for name in old.names():
         try:
             source = old.open(name)
-        except (FileNotFoundError, OSError):  # a subdirectory is no file
-            _copy_files(old.subdirectory(name), new.subdirectory(name))
+        except OSError as e:
+            gone = isinstance(e, FileNotFoundError) and not isinstance(old, MemoryDirectory)
+            if not gone:  # a subdirectory is no file
+                _copy_files(old.subdirectory(name), new.subdirectory(name))
             continue
         target = new.create(name)
         target.write_at(0, source.read_at(0, len(source)))
