@@ -7,6 +7,7 @@ space back.
 
 import logging
 
+from mmapwal.aio import AsyncJournal
 from mmapwal.errors import (
     BusyError,
     ClosedError,
@@ -49,6 +50,7 @@ from mmapwal.verify import Problem, VerifyReport, inspect
 __version__ = "0.1.0"
 
 __all__ = [
+    "AsyncJournal",
     "BusyError",
     "ClosedError",
     "CorruptionError",

@@ -398,6 +398,27 @@ class Engine:
             new = self.superblock.with_epoch(self.state().written_lsn)
             self.change(new, lambda: lib.mw_writer_set_epoch(self.writer, new.epoch))
 
+    OBSTACLES = frozenset((lib.MW_E_NEED_SEGMENT, lib.MW_E_NEED_EPOCH, lib.MW_E_BARRIER))
+    """Results of an append that make_way() takes out of the way."""
+
+    def make_way(self, code: int, frame_bytes: int, op: int) -> None:
+        """Does what the C helper cannot do by itself before an append of `frame_bytes` is staged: a segment,
+        an epoch, waiting for a removal. Any other result is raised as the error that it is. Blocks."""
+        if code == lib.MW_E_NEED_SEGMENT:
+            self.prepare_segment(frame_bytes)
+        elif code == lib.MW_E_NEED_EPOCH:
+            self.start_epoch()
+            if self.options.durability is Durability.BUFFERED:
+                self.flush()
+        elif code == lib.MW_E_BARRIER:
+            if self.removing_thread == threading.get_ident():  # from a signal handler
+                raise BusyError("this thread is removing these ops")
+            with self.structure:
+                pass
+        else:
+            self.pay_epoch()
+            raise self.error(code, op)
+
     def pay_epoch(self) -> None:
         """Called by who is told that a write failed cleanly: nothing of it shall come back after a crash,
         not even before the next write. Where the superblock cannot be replaced it stays owed."""
@@ -468,6 +489,7 @@ class Engine:
         self._closing.set()
         if self.writer is not None:
             lib.mw_writer_close(self.writer)  # from here on it touches no file
+            lib.mw_committer_stop(self.writer)
         if self._preparer is not None and self._preparer is not threading.current_thread():
             self._preparer.join()
         steps: list[Callable[[], None]] = []
@@ -487,6 +509,7 @@ class Engine:
         if not self.forked and not self.closed and self.writer is not None:
             self._closing.set()
             lib.mw_writer_close(self.writer)
+            lib.mw_committer_stop(self.writer)
             self.directory.close()
 
     def in_child(self) -> None:

@@ -23,7 +23,6 @@ from mmapwal import format as fmt
 from mmapwal._native import ffi, lib
 from mmapwal.engine import Engine
 from mmapwal.errors import (
-    BusyError,
     ClosedError,
     JournalError,
     MissingOpError,
@@ -51,12 +50,17 @@ def _choice(name: str, value: Any, low: int, high: int, multiple: int = 1) -> No
         raise ValueError(f"{name} is {low} .. {high}{of}; not {value}")
 
 
-def _check_op(op: Any, name: str = "op", low: int = 1) -> int:
+def check_op(op: Any, name: str = "op", low: int = 1) -> int:
     if not isinstance(op, int) or isinstance(op, bool):
         raise TypeError(f"{name} is an int, not {type(op).__name__}")
     if not low <= op <= fmt.OP_MAX:
         raise ValueError(f"{name} is {low} .. {fmt.OP_MAX}; not {op}")
     return op
+
+
+def check_kind(kind: Any) -> None:
+    if type(kind) is not int or not 0 <= kind <= fmt.KIND_MAX:
+        raise out_of_range(TypeError() if not isinstance(kind, int) else ValueError(), kind, 0)
 
 
 class Journal:
@@ -126,6 +130,7 @@ class Journal:
         self._clock = None if clock is time.time_ns else clock
         self._flags = lib.MW_NOW if self._clock is None else 0
         self._native_append = lib.mw_append
+        self._append_next = lib.mw_append_next
         self._writer = engine.writer
         self._finalizer = weakref.finalize(self, _abandoned, engine, self._reader)
         self._finalizer.atexit = False
@@ -187,6 +192,18 @@ class Journal:
         space (nothing happened). PoisonedError when the write or sync failed: the outcome is unknown.
         ClosedError, ForkedError. Blocks for one sync, which appends of other threads share.
         """
+        if (
+            op is None
+            and timestamp is None
+            and not replace
+            and type(payload) is bytes
+            and self._clock is None
+        ):
+            length = len(payload)  # the common case, short
+            if length <= self._max_payload_bytes and type(kind) is int and 0 <= kind <= fmt.KIND_MAX:
+                done = self._append_next(self._writer, payload, length, kind)
+                if done > 0:
+                    return done  # type: ignore[no-any-return]
         data = payload if type(payload) is bytes else self._bytes(payload)
         length = len(data)
         if length > self._max_payload_bytes:
@@ -195,7 +212,7 @@ class Journal:
         if op is None:
             op = 0
         else:
-            _check_op(op)
+            check_op(op)
         if replace:
             flags |= lib.MW_REPLACE
         if timestamp is not None:
@@ -205,7 +222,7 @@ class Journal:
         try:
             done = self._native_append(self._writer, data, length, op, kind, timestamp, flags)
         except (OverflowError, TypeError) as e:
-            raise _out_of_range(e, kind, timestamp) from None
+            raise out_of_range(e, kind, timestamp) from None
         if done > 0:
             return done  # type: ignore[no-any-return]
         args = (self._writer, data, length, op, kind, timestamp, flags)
@@ -220,39 +237,45 @@ class Journal:
         `kinds` one each. A batch with its frames is bounded by what one payload may take, or a segment:
         PayloadTooLargeError says by how much. Else as append().
         """
-        parts: list[Any] = list(payloads)
-        if not parts:
+        joined, lengths, total = self._join(payloads)
+        count = len(lengths)
+        first = 0 if first_op is None else check_op(first_op, "first_op")
+        if not count:
             self._engine.check_usable()
-            start = int(self._state().next_op) if first_op is None else _check_op(first_op, "first_op")
+            start = first or int(self._state().next_op)
             return range(start, start)
-        if set(map(type, parts)) != {bytes}:
-            parts = [p if type(p) is bytes else self._bytes(p) for p in parts]
-        lengths = array("Q", map(len, parts))
-        joined = b"".join(parts)
-        total = len(joined) + (fmt.FRAME_BYTES + 7) * len(parts)  # at most
-        if len(joined) > self._max_payload_bytes or total > self._max_batch_bytes:
-            total = self._check_batch(lengths)
-        if kinds is not None and len(kinds) != len(parts):
-            raise ValueError(f"{len(kinds)} kinds for {len(parts)} payloads")
+        if kinds is not None and len(kinds) != count:
+            raise ValueError(f"{len(kinds)} kinds for {count} payloads")
         column = ffi.NULL
         if kinds is not None:
             try:
                 column = ffi.new("uint16_t[]", list(kinds))
             except (OverflowError, TypeError) as e:
-                raise _out_of_range(e, kinds, None) from None
-        first = 0 if first_op is None else _check_op(first_op, "first_op")
+                raise out_of_range(e, kinds, None) from None
         timestamp = 0 if self._clock is None else self._clock()
         args = (
-            self._writer, joined, ffi.from_buffer("uint64_t[]", lengths), column, len(parts), first, kind,
+            self._writer, joined, ffi.from_buffer("uint64_t[]", lengths), column, count, first, kind,
             timestamp, self._flags,
         )  # fmt: skip
         try:
             done = lib.mw_append_many(*args)
         except (OverflowError, TypeError) as e:
-            raise _out_of_range(e, kind, None) from None
+            raise out_of_range(e, kind, None) from None
         if done <= 0:
             done = self._append_again(done, lib.mw_append_many, args, total, first)
-        return range(done, done + len(parts))
+        return range(done, done + count)
+
+    def _join(self, payloads: Iterable[Buffer]) -> tuple[bytes, array[int], int]:
+        """A batch in one piece, the length of each, and what its frames take at most."""
+        parts: list[Any] = list(payloads)
+        if set(map(type, parts)) != {bytes}:
+            parts = [p if type(p) is bytes else self._bytes(p) for p in parts]
+        lengths = array("Q", map(len, parts))
+        joined = b"".join(parts)
+        total = len(joined) + (fmt.FRAME_BYTES + 7) * len(parts)
+        if len(joined) > self._max_payload_bytes or total > self._max_batch_bytes:
+            total = self._check_batch(lengths)
+        return joined, lengths, total
 
     def _check_batch(self, lengths: array[int]) -> int:
         """What the batch takes; PayloadTooLargeError."""
@@ -270,23 +293,9 @@ class Journal:
     def _append_again(
         self, code: int, call: Callable[..., int], args: tuple[Any, ...], frame_bytes: int, op: int
     ) -> int:
-        """What the C helper cannot do by itself: a segment, an epoch, waiting for a removal."""
-        engine = self._engine
+        """As long as something is in the way that the C helper cannot take out of it."""
         while code <= 0:
-            if code == lib.MW_E_NEED_SEGMENT:
-                engine.prepare_segment(frame_bytes)
-            elif code == lib.MW_E_NEED_EPOCH:
-                engine.start_epoch()
-                if engine.options.durability is Durability.BUFFERED:
-                    engine.flush()
-            elif code == lib.MW_E_BARRIER:
-                if engine.removing_thread == threading.get_ident():  # from a signal handler
-                    raise BusyError("this thread is removing these ops")
-                with engine.structure:
-                    pass
-            else:
-                engine.pay_epoch()
-                raise engine.error(code, op)
+            self._engine.make_way(code, frame_bytes, op)
             code = call(*args)
         return code
 
@@ -403,15 +412,15 @@ class Journal:
         It only grows (else ValueError) and may lie above last_op. BusyError while another shrinking
         operation is under way. OSError: nothing happened. PoisonedError, ClosedError, ForkedError.
         """
-        removal.set_watermark(self._engine, _check_op(op, low=0))
+        removal.set_watermark(self._engine, check_op(op, low=0))
 
     def drain(self, first: int, last: int) -> DrainedEntries:
         """Takes the ops first .. last out, durably, all or none, and returns those that lived, by op,
         made lazily on mappings held from now on. The watermark moves to `last` only if no live op lies
         below `first`. ValueError when first > last; other errors as set_snapshot_op(). The space comes
         back with compact() and when no view holds the mapping."""
-        _check_op(first, "first")
-        _check_op(last, "last")
+        check_op(first, "first")
+        check_op(last, "last")
         if first > last:
             raise ValueError(f"first is {first}, above last, {last}")
         return removal.drain(self._engine, self._reader, first, last)
@@ -420,7 +429,7 @@ class Journal:
         """Removes all ops from `op` on, durably, all or none; how many lived. They never come back, and
         the ops can be appended again. ValueError at or below the watermark, which stays where it is;
         other errors as set_snapshot_op()."""
-        return removal.truncate_from(self._engine, _check_op(op))
+        return removal.truncate_from(self._engine, check_op(op))
 
     def compact(self) -> int:
         """Gives back the space of what is not live; bytes freed. Blocks for the disk; appends and reads
@@ -433,7 +442,7 @@ class Journal:
         `op`, by one superblock. For SnapshotCoordinator; the snapshot is durable already. Errors as
         set_snapshot_op()."""
         _choice("checksum", checksum, 0, 2**32 - 1)
-        removal.set_watermark(self._engine, _check_op(op, low=0), checksum=checksum)
+        removal.set_watermark(self._engine, check_op(op, low=0), checksum=checksum)
 
     def set_user_data(self, data: bytes) -> None:
         """Keeps up to 128 bytes for the user in the superblock (a Raft term and vote), durable at return.
@@ -539,7 +548,7 @@ class Journal:
         return verify_open(self._engine, progress)
 
 
-def _out_of_range(error: Exception, kind: Any, timestamp: Any) -> Exception:
+def out_of_range(error: Exception, kind: Any, timestamp: Any) -> Exception:
     if isinstance(error, TypeError):
         return TypeError(
             f"kind and timestamp are ints, not {type(kind).__name__} and {type(timestamp).__name__}"

@@ -327,6 +327,7 @@ struct mw_writer *mw_writer_new(const struct mw_config *config);
 void mw_writer_free(struct mw_writer *w);
 int64_t mw_append(struct mw_writer *w, const char *data, uint64_t bytes, int64_t op, int32_t kind,
                   int64_t timestamp_ns, uint32_t flags);
+int64_t mw_append_next(struct mw_writer *w, const char *data, uint64_t bytes, int32_t kind);
 int64_t mw_append_many(struct mw_writer *w, const char *data, const uint64_t *lengths,
                        const uint16_t *kinds, uint64_t count, int64_t first_op, int32_t kind,
                        int64_t timestamp_ns, uint32_t flags);
@@ -346,3 +347,17 @@ void mw_writer_close(struct mw_writer *w);
 void mw_writer_fork(struct mw_writer *w);
 int64_t mw_writer_remaining(struct mw_writer *w);
 int mw_writer_state(struct mw_writer *w, struct mw_state *out);
+
+/* ---- the writer, for an event loop ---- */
+
+enum { MW_OUTCOMES = 8 };
+struct mw_outcome { uint64_t ticket; int32_t result; uint32_t reserved; }; /* of all up to it, from the one before on */
+
+int64_t mw_submit_next(struct mw_writer *w, const char *data, uint64_t bytes, int32_t kind);
+int64_t mw_submit_many(struct mw_writer *w, const char *data, const uint64_t *lengths, uint64_t count,
+                       int64_t first_op, int32_t kind, int64_t timestamp_ns, uint32_t flags);
+int mw_outcomes(struct mw_writer *w, struct mw_outcome *out);
+int mw_committer_kick(struct mw_writer *w);
+int mw_committer_lead(struct mw_writer *w);
+int mw_committer_start(struct mw_writer *w, int event_fd, int threaded);
+int mw_committer_stop(struct mw_writer *w);

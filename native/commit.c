@@ -63,30 +63,16 @@ static void stamp(struct mw_writer *w, struct group *g, const struct part *p) {
     w->link = link; /* the leader's own until the part is written; a failure puts it back */
 }
 
-static void finish(struct group *g, uint64_t end_lsn, int result) {
-    struct waiter **at = &g->waiters;
-    bool any = false;
-    while (*at != NULL) {
-        struct waiter *me = *at;
-        if (me->end_lsn <= end_lsn) {
-            *at = me->next;
-            me->result = result;
-            me->done = any = true;
-        } else {
-            at = &me->next;
-        }
-    }
-    if (any) pthread_cond_broadcast(&g->changed);
-}
-
 void poison(struct mw_writer *w, int stage, int error) {
     if (w->poison_stage == MW_STAGE_NONE) {
         w->poison_stage = stage;
         w->poison_errno = -error;
     }
-    for (int i = 0; i < 2; i++) finish(&w->groups[i], UINT64_MAX, MW_E_POISONED);
+    for (int i = 0; i < 2; i++) finish(w, &w->groups[i], UINT64_MAX, MW_E_POISONED);
+    complete(w, w->staged_ticket, MW_E_POISONED);
     pthread_cond_broadcast(&w->wanted);
     pthread_cond_broadcast(&w->idle);
+    pthread_cond_signal(&w->kick);
 }
 
 static void forget(struct mw_writer *w, struct group *g) {
@@ -108,8 +94,9 @@ void fail_staged(struct mw_writer *w, int error) {
     if (w->config.durability == MW_BUFFERED) return; /* promised at staging: they stay and wait for room */
     for (int i = 0; i < 2; i++) {
         forget(w, &w->groups[i]);
-        finish(&w->groups[i], UINT64_MAX, error);
+        finish(w, &w->groups[i], UINT64_MAX, error);
     }
+    complete(w, w->staged_ticket, error);
     w->stage_lsn = w->written_lsn;
     w->stage_target = w->tail_target;
     w->high_op = w->last_op;
@@ -137,9 +124,11 @@ static int commit_part(struct mw_writer *w, struct group *g, struct part *p) {
     stamp(w, g, p);
     bool synced = w->config.durability == MW_SYNC || p->ends;
     int step;
+    uint64_t began_ns = monotonic_ns();
     pthread_mutex_unlock(&w->mutex);
     int rc = write_part(&w->config, target.io, &target, p, g->buffer, &step);
     pthread_mutex_lock(&w->mutex);
+    w->commit_ns = monotonic_ns() - began_ns;
     if (rc != 0) {
         w->link = link;
         if (step == MW_STAGE_WRITE && is_clean(rc)) return rc;
@@ -166,7 +155,8 @@ static int commit_part(struct mw_writer *w, struct group *g, struct part *p) {
         poison(w, MW_STAGE_INDEX, rc);
         return MW_E_POISONED;
     }
-    finish(g, w->written_lsn, 0);
+    finish(w, g, w->written_lsn, 0);
+    complete(w, p->ticket, 0);
     return 0;
 }
 
@@ -196,7 +186,7 @@ static int commit_flight(struct mw_writer *w) {
 }
 
 /* One commit: the group that is still in flight after a clean failure, or the open one. */
-static int commit_next(struct mw_writer *w) {
+int commit_next(struct mw_writer *w) {
     if (w->flight->bytes == 0) {
         align_stage(w); /* cannot fail: staging reserved its room */
         struct group *g = w->open;
@@ -206,29 +196,6 @@ static int commit_next(struct mw_writer *w) {
     int rc = commit_flight(w);
     if (rc != 0 && rc != MW_E_POISONED) fail_staged(w, rc);
     return rc;
-}
-
-static void step_down(struct mw_writer *w) {
-    w->leading = false;
-    if (w->open->waiters != NULL) pthread_cond_signal(&w->open->changed);
-    pthread_cond_broadcast(&w->idle);
-}
-
-/* For a staged entry to be as durable as the journal promises: lead, or wait for who leads. */
-int wait_durable(struct mw_writer *w) {
-    struct group *g = w->open;
-    struct waiter me = {g->waiters, w->stage_lsn, 0, false};
-    g->waiters = &me;
-    while (!me.done) {
-        if (w->leading) {
-            pthread_cond_wait(&g->changed, &w->mutex);
-            continue;
-        }
-        w->leading = true;
-        commit_next(w); /* tells everyone whose entries it took, me too */
-        step_down(w);
-    }
-    return me.result;
 }
 
 /* Writes all that is staged below `lsn`; the caller is told the first failure. */

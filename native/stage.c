@@ -92,7 +92,7 @@ static struct part *open_part(struct mw_writer *w) {
     struct part *p = g->part_count > 0 ? &g->parts[g->part_count - 1] : NULL;
     if (p == NULL || p->target != w->stage_target) {
         p = &g->parts[g->part_count++];
-        *p = (struct part){w->stage_target, w->stage_lsn, g->bytes, g->bytes, false};
+        *p = (struct part){.target = w->stage_target, .lsn = w->stage_lsn, .from = g->bytes, .to = g->bytes};
     }
     return p;
 }

@@ -18,7 +18,11 @@ struct mw_writer *mw_writer_new(const struct mw_config *config) {
     pthread_mutex_init(&w->mutex, NULL);
     pthread_cond_init(&w->idle, NULL);
     pthread_cond_init(&w->wanted, NULL);
-    for (int i = 0; i < 2; i++) pthread_cond_init(&w->groups[i].changed, NULL);
+    pthread_condattr_t monotonic;
+    pthread_condattr_init(&monotonic);
+    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+    pthread_cond_init(&w->joined, &monotonic);
+    pthread_condattr_destroy(&monotonic);
     w->open = &w->groups[0];
     w->flight = &w->groups[1];
     w->written_lsn = w->durable_lsn = w->stage_lsn = config->lsn;
@@ -28,6 +32,8 @@ struct mw_writer *mw_writer_new(const struct mw_config *config) {
     w->live = config->summary.live;
     w->first_op = config->summary.first_op;
     w->last_op = w->high_op = config->summary.last_op;
+    pthread_cond_init(&w->kick, NULL);
+    w->event_fd = -1;
     w->barrier_first = 1; /* an empty range: no barrier */
     if (publish_progress(w) != 0) {
         mw_writer_free(w);
@@ -43,20 +49,27 @@ void mw_writer_free(struct mw_writer *w) {
     free(w);
 }
 
-static int64_t finish_append(struct mw_writer *w, int64_t op) {
-    if (op < 0) return op;
-    if (w->config.durability == MW_BUFFERED) {
-        /* A failure leaves the entry staged, as promised; the next call is told. */
-        if (w->open->bytes >= w->config.buffer_bytes) flush_staged(w);
-        return w->poison_stage != MW_STAGE_NONE ? MW_E_POISONED : op;
+/* Gives the mutex back. */
+int64_t finish_append(struct mw_writer *w, int64_t op) {
+    if (op > 0 && w->config.durability != MW_BUFFERED) {
+        int rc = wait_durable(w);
+        return rc != 0 ? rc : op;
     }
-    int rc = wait_durable(w);
-    return rc != 0 ? rc : op;
+    /* A failure leaves the entry staged, as promised; the next call is told. */
+    if (op > 0 && w->open->bytes >= w->config.buffer_bytes) flush_staged(w);
+    if (op > 0 && w->poison_stage != MW_STAGE_NONE) op = MW_E_POISONED;
+    pthread_mutex_unlock(&w->mutex);
+    return op;
 }
 
 int64_t mw_append(struct mw_writer *w, const char *data, uint64_t bytes, int64_t op, int32_t kind,
                   int64_t timestamp_ns, uint32_t flags) {
     return mw_append_many(w, data, &bytes, NULL, 1, op, kind, timestamp_ns, flags);
+}
+
+/* The next op, now. Each argument that a call from Python does not have saves it 20 ns. */
+int64_t mw_append_next(struct mw_writer *w, const char *data, uint64_t bytes, int32_t kind) {
+    return mw_append_many(w, data, &bytes, NULL, 1, 0, kind, 0, MW_NOW);
 }
 
 int64_t mw_append_many(struct mw_writer *w, const char *data, const uint64_t *lengths,
@@ -66,9 +79,7 @@ int64_t mw_append_many(struct mw_writer *w, const char *data, const uint64_t *le
     if (count == 0) return -EINVAL;
     pthread_mutex_lock(&w->mutex);
     int64_t op = stage(w, data, lengths, kinds, count, first_op, kind, timestamp_ns, flags);
-    op = finish_append(w, op);
-    pthread_mutex_unlock(&w->mutex);
-    return op;
+    return finish_append(w, op);
 }
 
 /* MW_SYNC_STAGED: all that is staged is written first. Then all that is written becomes durable. */

@@ -1,5 +1,6 @@
-/* The writer's state: one owner, one mutex. stage.c fills it, commit.c empties it to the disk,
- * writer.c makes it and changes what lives. Every function here is called with the mutex held.
+/* The writer's state: one owner, one mutex. stage.c fills it, commit.c empties it to the disk, wait.c has those
+ * who wait for that, committer.c those who do not; writer.c makes it and changes what lives. Every function
+ * here is called with the mutex held; wait_durable() and finish_append() give it back.
  *
  *   written_lsn  handed to the kernel; the tail
  *   durable_lsn  a sync covered all below it
@@ -14,10 +15,11 @@
 
 #include "mmapwal.h"
 
-enum { TARGETS = 4, PARTS = TARGETS };
+enum { TARGETS = 4, PARTS = TARGETS, OUTCOMES = MW_OUTCOMES };
 
 struct part {                  /* the frames of a group that lie in one segment */
     uint64_t target;           /* number of the target, counted from the first ever */
+    uint64_t ticket;           /* the last one of those staged without waiting; 0: none */
     uint64_t lsn;
     uint64_t from, to;         /* in the group's buffer */
     bool ends;                 /* the last frame is an END */
@@ -34,15 +36,16 @@ struct group {
     uint8_t *buffer;
     uint64_t bytes, room;
     struct part parts[PARTS];
-    uint32_t part_count;
+    uint32_t part_count, waiter_count;
     struct waiter *waiters;
-    pthread_cond_t changed;
+    uint32_t turn;             /* changes when its waiters are told, or one shall lead */
 };
 
 struct mw_writer {
     pthread_mutex_t mutex;
     pthread_cond_t idle;       /* the leader stepped down */
     pthread_cond_t wanted;     /* a segment should be prepared */
+    pthread_cond_t joined;     /* as many have staged as the leader hopes for */
     struct mw_config config;
     volatile int forked;       /* set in a child before it can touch anything else */
     bool leading, closed, epoch_owed;
@@ -62,6 +65,20 @@ struct mw_writer {
     uint64_t barrier_first, barrier_last;
     uint8_t *pending;          /* a bit for each slot that a staged entry will take */
 
+    uint32_t company;          /* how many waited at the last commit: served, or staged meanwhile */
+    uint32_t company_miss, company_skip; /* commits that do not wait, after one that waited in vain; left of them */
+    uint64_t commit_ns;        /* what the last one took */
+
+    /* committer.c */
+    pthread_t committer;
+    pthread_cond_t kick;       /* what was submitted shall be committed, and nobody leads */
+    bool committer_running, kicked;
+    bool taking;               /* the outcomes are about to be taken: no need to tell */
+    int event_fd;              /* or -1 */
+    uint64_t staged_ticket, completed_ticket;
+    struct mw_outcome outcomes[OUTCOMES];
+    uint32_t outcome_count;
+
     uint64_t commits, syncs, entries, bytes;
 };
 
@@ -78,6 +95,15 @@ void align_stage(struct mw_writer *w);
 bool segment_wanted(const struct mw_writer *w);
 
 int wait_durable(struct mw_writer *w);
+void finish(struct mw_writer *w, struct group *g, uint64_t end_lsn, int result);
+void step_down(struct mw_writer *w);
+uint64_t monotonic_ns(void);
+
+int commit_next(struct mw_writer *w);
+
+int64_t finish_append(struct mw_writer *w, int64_t op);
+void complete(struct mw_writer *w, uint64_t ticket, int result);
+void pass_to_committer(struct mw_writer *w);
 int flush_staged(struct mw_writer *w);
 int lead_to(struct mw_writer *w, uint64_t lsn, bool closing);
 void fail_staged(struct mw_writer *w, int error);

@@ -219,7 +219,7 @@ def test_of_two_threads_that_want_one_op_one_gets_it(home: Home) -> None:
 def test_close_while_appending_each_append_has_succeeded_or_says_closed(
     home: Home, durability: Durability, after: int
 ) -> None:
-    journal = home.open(slots=8192, segment_bytes=16384, durability=durability)
+    journal = home.open(slots=1 << 18, segment_bytes=16384, durability=durability)
     acknowledged: dict[int, bytes] = {}
 
     def write(writer: int) -> str:

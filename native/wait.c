@@ -1,0 +1,113 @@
+/* Waiting for a commit: whoever finds nobody leading leads, the others follow. A leader that had company at
+ * the last commit waits for it a little, so that one sync serves more of them.
+ *
+ * Followers sleep on a word of their group (futex(2)), and one that was told returns without the mutex: as
+ * many threads as a sync serves would otherwise queue for it just when the next group is to be staged. */
+#define _GNU_SOURCE
+#include <limits.h>
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "writer.h"
+
+enum {
+    COMPANY_MIN = 3,            /* two that take turns lose more by waiting than they gain */
+    PAUSE_NS = 20000,           /* nobody new for so long: the others are not about to come */
+    SKIP_MIN = 4, SKIP_MAX = 64 /* commits that do not wait, after one that waited in vain */
+};
+
+uint64_t monotonic_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+static void sleep_on(uint32_t *word, uint32_t seen) {
+    syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0); /* whatever it says, who sleeps looks again */
+}
+
+/* The word changes first, so nobody who is about to sleep misses it. */
+static void wake(struct group *g, int count) {
+    __atomic_add_fetch(&g->turn, 1, __ATOMIC_RELEASE);
+    syscall(SYS_futex, &g->turn, FUTEX_WAKE_PRIVATE, count, NULL, NULL, 0);
+}
+
+/* Tells those whose entries end at or below `end_lsn`. A waiter may be gone as soon as it is told. */
+void finish(struct mw_writer *w, struct group *g, uint64_t end_lsn, int result) {
+    struct waiter **at = &g->waiters;
+    uint32_t told = 0;
+    while (*at != NULL) {
+        struct waiter *me = *at;
+        if (me->end_lsn <= end_lsn) {
+            *at = me->next;
+            me->result = result;
+            __atomic_store_n(&me->done, true, __ATOMIC_RELEASE);
+            told++;
+        } else {
+            at = &me->next;
+        }
+    }
+    if (told == 0) return;
+    g->waiter_count -= told;
+    w->company = told + w->open->waiter_count;
+    wake(g, INT_MAX);
+}
+
+/* The leader waits until as many have staged as were there at the last commit: at most twice as long as that
+ * took, and not when nobody comes for a while. */
+static void await_company(struct mw_writer *w) {
+    if (w->config.durability != MW_SYNC || w->company < COMPANY_MIN) return;
+    if (w->company_skip > 0) {
+        w->company_skip--;
+        return;
+    }
+    uint64_t now = monotonic_ns(), end = now + 2 * w->commit_ns;
+    uint32_t here = 0;
+    while (check_usable(w) == 0 && now < end && here < w->open->waiter_count && w->open->waiter_count < w->company) {
+        here = w->open->waiter_count;
+        uint64_t until = end - now < PAUSE_NS ? end : now + PAUSE_NS;
+        struct timespec t = {(time_t)(until / 1000000000u), (long)(until % 1000000000u)};
+        pthread_cond_timedwait(&w->joined, &w->mutex, &t);
+        now = monotonic_ns();
+    }
+    if (w->open->waiter_count >= w->company) {
+        w->company_miss = 0;
+    } else {
+        w->company_miss = w->company_miss == 0 ? SKIP_MIN : w->company_miss < SKIP_MAX ? w->company_miss * 2 : SKIP_MAX;
+        w->company_skip = w->company_miss;
+    }
+}
+
+/* What was staged meanwhile needs a leader of its own. */
+void step_down(struct mw_writer *w) {
+    w->leading = false;
+    if (w->open->waiters != NULL) wake(w->open, 1);
+    else pass_to_committer(w);
+    pthread_cond_broadcast(&w->idle);
+}
+
+/* For a staged entry to be as durable as the journal promises: lead, or follow who leads. Gives the mutex back. */
+int wait_durable(struct mw_writer *w) {
+    struct group *g = w->open;
+    struct waiter me = {.next = g->waiters, .end_lsn = w->stage_lsn};
+    g->waiters = &me;
+    if (++g->waiter_count == w->company) pthread_cond_signal(&w->joined);
+    while (!me.done) {
+        if (w->leading) {
+            uint32_t seen = g->turn;
+            pthread_mutex_unlock(&w->mutex);
+            sleep_on(&g->turn, seen);
+            if (__atomic_load_n(&me.done, __ATOMIC_ACQUIRE)) return me.result;
+            pthread_mutex_lock(&w->mutex);
+        } else {
+            w->leading = true;
+            await_company(w);
+            if (!me.done) commit_next(w); /* tells everyone whose entries it took, me too */
+            step_down(w);
+        }
+    }
+    pthread_mutex_unlock(&w->mutex);
+    return me.result;
+}
