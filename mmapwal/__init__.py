@@ -7,6 +7,7 @@ space back.
 
 import logging
 
+from mmapwal.columns import Columns, Header
 from mmapwal.errors import (
     BusyError,
     ClosedError,
@@ -30,7 +31,7 @@ from mmapwal.errors import (
 )
 from mmapwal.journal import Journal, JournalStats
 from mmapwal.opening import Durability
-from mmapwal.reader import Entry, Header
+from mmapwal.reader import Entry
 from mmapwal.recovery import RecoveryReport, RecoveryRow
 from mmapwal.replica import MuxStateMachine, Replica, SnapshotCoordinator, StateMachine, recover
 from mmapwal.snapshot import Snapshot, SnapshotStore
@@ -51,6 +52,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BusyError",
     "ClosedError",
+    "Columns",
     "CorruptionError",
     "Directory",
     "DuplicateOpError",

@@ -246,6 +246,7 @@ struct mw_cursor {
     uint64_t lsn;               /* on an error: where */
     uint32_t segment;           /* on MW_E_TABLE: the row whose mapping is missing, or UINT32_MAX */
     uint32_t uniform;           /* all rows are in one segment */
+    uint64_t stride;            /* and all payloads of one length, this far apart; or 0 */
 };
 
 /* Fills at most `max` rows with the live entries of cursor->op .. cursor->last_op, checked when

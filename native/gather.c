@@ -103,12 +103,25 @@ static int gather(void *arg) {
     return 0;
 }
 
+/* What start[0] and end[0] say of all rows when each payload begins so far behind the one before; or 0. */
+static uint64_t stride_of(const struct gather *g) {
+    const struct mw_columns *out = g->out;
+    if (g->count == 0 || !g->cursor->uniform) return 0;
+    uint64_t length = out->end[0] - out->start[0], least = mw_frame_bytes(length);
+    uint64_t stride = g->count > 1 ? out->start[1] - out->start[0] : least;
+    if (stride < least || stride > INT64_MAX) return 0; /* above: the second one lies before the first */
+    for (uint64_t i = 1; i < g->count; i++)
+        if (out->start[i] - out->start[i - 1] != stride || out->end[i] - out->start[i] != length) return 0;
+    return stride;
+}
+
 int64_t mw_gather(const struct mw_slot *slots, uint64_t slot_count, const struct mw_table *table,
                   struct mw_cursor *cursor, const uint64_t *ops, uint64_t op_count, uint64_t *taken,
                   struct mw_columns *out, uint64_t max, int verify) {
     struct gather g = {slots, slot_count, table, cursor, ops, op_count, taken, out, max, 0, verify, 0};
     cursor->uniform = 1;
     int rc = mw_guarded(gather, &g);
+    cursor->stride = stride_of(&g);
     return rc < 0 && g.count == 0 ? rc : (int64_t)g.count; /* what was taken first; the error comes again */
 }
 
