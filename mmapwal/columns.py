@@ -252,7 +252,7 @@ def collect_columns(chunks: Iterable[Gathered], most: int) -> Columns:
         for row in present:
             view = chunk.table.map(row)
             if numbers.setdefault(id(view), len(views)) == len(views):
-                views.append(view)
+                views.append(view[:])  # the caller's own to release
             number_of[row] = numbers[id(view)]
         rows = slice(at, at := at + n)
         whole.ops[rows], whole.lsns[rows], whole.kinds[rows] = out.op[:n], out.lsn[:n], out.kind[:n]

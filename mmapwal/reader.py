@@ -5,7 +5,8 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from itertools import chain, islice
+from itertools import chain, repeat
+from operator import getitem
 from typing import Any, NamedTuple, overload
 
 import numpy as np
@@ -41,6 +42,7 @@ class Entry(NamedTuple):
 
 
 _entry = partial(tuple.__new__, Entry)
+_slice: Any = getitem  # a fifth faster than view.__getitem__
 
 
 class Reader:
@@ -74,6 +76,7 @@ class Reader:
 
     def locate(self, op: int) -> tuple[memoryview, int, int, int, int]:
         """(view of the segment, start, end, kind, timestamp) of the payload; MissingOpError."""
+        slots, lsns = self.plain[:2]
         while True:
             try:
                 slot = self._slot(op)
@@ -98,12 +101,15 @@ class Reader:
             start = lsn - table.bases[row] + fmt.PAYLOAD_OFFSET
             # The slot is its own sequence lock: unchanged, and so were the fields between. Looked at after
             # the table: what it names now, no compaction had left out of that.
-            again = self._slot(op)
-            if again is None or again[0] != lsn:
+            if (lsns[op % slots] if _LOADS_ARE_ORDERED else self._lookup_lsn(op)) != lsn:
                 continue
             if self._verify:
                 self.check(table, row, lsn, op)
             return view, start, start + length, kind, timestamp
+
+    def _lookup_lsn(self, op: int) -> int:
+        slot = self._engine.index.lookup(op)
+        return slot[0] if slot is not None else 0
 
     def read(self, op: int) -> memoryview:
         """The payload, for Journal.read() where it cannot tell by itself; it shall the next time."""
@@ -366,14 +372,14 @@ def _slices(chunks: Iterable[Gathered]) -> Iterator[Iterator[memoryview]]:
                 spacing = chunk.stride, length
                 made = [slice(at, at + length) for at in range(0, count * chunk.stride, chunk.stride)]
             part = chunk.view()[start : int(out.end[count - 1])]
-            yield map(part.__getitem__, made if len(made) == count else islice(made, count))
+            yield map(_slice, repeat(part, count), made)
             continue
         slices = map(slice, out.start[:count].tolist(), out.end[:count].tolist())
         if chunk.uniform:
-            yield map(chunk.view().__getitem__, slices)
+            yield map(_slice, repeat(chunk.view()), slices)
         else:
             views = map(chunk.table.map, out.segment[:count].tolist())
-            yield map(memoryview.__getitem__, views, slices)
+            yield map(_slice, views, slices)
 
 
 class DrainedEntries(Sequence[Entry]):

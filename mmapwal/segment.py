@@ -122,16 +122,19 @@ class Segment:
                 record.name, 0, record.base_lsn, None, "the superblock names it, but it is not there"
             ) from e
         try:
-            length = len(storage)
-            if length < fmt.PAGE_BYTES + record.capacity:
-                raise CorruptionError(
-                    record.name, length, record.base_lsn, None, f"the file was cut to {length} bytes"
-                )
+            self._check_length(len(storage))
             check_header(bytes(storage.read_at(0, fmt.SEGMENT_HEADER.itemsize)), self._uuid, record)
         except BaseException:
             storage.close()
             raise
         return storage
+
+    def _check_length(self, length: int) -> None:
+        """What is behind the end of a mapping is not ours."""
+        if length < fmt.PAGE_BYTES + self.record.capacity:
+            raise CorruptionError(
+                self.record.name, length, self.record.base_lsn, None, f"the file was cut to {length} bytes"
+            )
 
     def check(self) -> None:
         """CorruptionError unless the file is there, whole in size, and of this place."""
@@ -148,6 +151,7 @@ class Segment:
                     view = storage.view()
                     if storage is not self._writer:
                         storage.close()
+                    self._check_length(len(view))
                     self._storage = storage
                     # A bare address, kept right by the view: a long-lived from_buffer() of a memoryview
                     # crashes CPython's garbage collector when both end in one cycle.
