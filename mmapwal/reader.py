@@ -299,6 +299,8 @@ class Reader:
         row = table.row(lsn)
         name = table.segments[row].record.name if row >= 0 else fmt.INDEX_NAME
         if rc == lib.MW_E_CORRUPT:
+            if self.segments.table is not table:  # a longer segment may have taken the place of a blank one
+                return self.segments.table
             offset = fmt.PAGE_BYTES + lsn - table.bases[row] if row >= 0 else 0
             raise CorruptionError(name, offset, lsn, op, "the frame does not verify")
         raise OSError(-rc, "reading the segment failed", name)

@@ -15,7 +15,7 @@ import pytest
 from mmapwal import CorruptionError, Durability, Journal, MissingOpError
 from mmapwal.reader import Reader
 
-from .files import ROOM, SMALL, Home, entry_frames, flip
+from .files import ROOM, SMALL, Home, entry_frames, flip, settle
 from .watched import Task
 
 OP, SLOTS = 3, 16
@@ -271,3 +271,17 @@ def test_a_segment_that_was_cut_before_it_was_mapped_is_damage_and_nothing_behin
         with pytest.raises(CorruptionError, match="cut to 12288 bytes"):
             read()
     os.truncate(home.path / name, 65536)
+
+
+def test_a_prepared_segment_that_gave_way_to_a_longer_one_is_not_taken_for_it(home: Home) -> None:
+    journal = home.open(slots=4096, segment_bytes=16384)
+    journal.append_many([b"%d" % op for op in range(1, 121)])
+    settle(journal)
+    segments = journal._engine.segments
+    assert not any(segments.table.segments[-1].view[4096:])  # mapped, and blank
+    segments.follow(journal._engine.superblock.segments)
+    payloads = journal.payloads()
+    first = bytes(next(payloads))
+    journal.append(b"long" * 16384, op=100, replace=True)
+    found = [first, *map(bytes, payloads)]
+    assert found == [b"%d" % op if op != 100 else b"long" * 16384 for op in range(1, 121)]
