@@ -49,9 +49,10 @@ class SlotIndex:
         self.page = ffi.cast("struct mw_index_header *", ffi.from_buffer(whole))
         self.slots = ffi.cast("struct mw_slot *", ffi.cast("uint8_t *", self.page) + fmt.PAGE_BYTES)
         self.memory = whole[fmt.PAGE_BYTES :].toreadonly()
-        self.words = self.memory.cast("Q")  # the LSN of slot n is word 4 n
-        self.load = struct.Struct("<QQqIHH").unpack_from  # lsn, op, timestamp, length, kind, reserved
-        self.load_place = struct.Struct("<QQ8xI").unpack_from  # lsn, op, length
+        # A field of every slot, each loaded at once, for what Python reads one by one.
+        table: Any = np.frombuffer(self.memory, fmt.SLOT)
+        self.lsns, self.ops, self.lengths = (memoryview(table[n]) for n in ("lsn", "op", "length"))
+        self._load = struct.Struct("<QQqIH").unpack_from
 
     @classmethod
     def open(cls, directory: Directory, uuid: bytes, slot_count: int) -> SlotIndex | None:
@@ -135,6 +136,12 @@ class SlotIndex:
             return None
         _check(rc)
         return int(out.lsn), int(out.op), int(out.timestamp_ns), int(out.length), int(out.kind)
+
+    def peek(self, op: int) -> tuple[int, int, int, int, int] | None:
+        """lookup() without the call into C, for who looks at the slot's LSN a second time; OP_MAX may be
+        exceeded."""
+        slot: tuple[int, int, int, int, int] = self._load(self.memory, op % self.slot_count * fmt.SLOT_BYTES)
+        return slot if slot[1] == op and slot[0] else None
 
     def sync(self) -> None:
         self._storage.sync()

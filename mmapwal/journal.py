@@ -9,13 +9,11 @@ import time
 import warnings
 import weakref
 from array import array
-from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
-import numpy.typing as npt
 from typing_extensions import Buffer
 
 from mmapwal import compaction, removal
@@ -25,12 +23,12 @@ from mmapwal.engine import Engine
 from mmapwal.errors import (
     ClosedError,
     JournalError,
-    MissingOpError,
     PayloadTooLargeError,
     PoisonedError,
 )
 from mmapwal.opening import Durability, Options
-from mmapwal.reader import DrainedEntries, Entry, Header, Reader
+from mmapwal.reader import DrainedEntries, Reader
+from mmapwal.reading import Reading
 from mmapwal.recovery import RecoveryReport
 from mmapwal.stats import JournalStats, take_stats
 from mmapwal.storage import Directory, SyncMethod, SystemDirectory
@@ -63,7 +61,7 @@ def check_kind(kind: Any) -> None:
         raise out_of_range(TypeError() if not isinstance(kind, int) else ValueError(), kind, 0)
 
 
-class Journal:
+class Journal(Reading):
     """A durable journal in a directory, with one writer.
 
     `path` is made if it is missing and `create`; the directory belongs to the journal. `slots` (65,536)
@@ -324,88 +322,6 @@ class Journal:
         """
         return self._engine.sync()
 
-    # --- reading ----------------------------------------------------------------------------------
-
-    def read(self, op: int) -> memoryview:
-        """The payload: a read-only slice of the mapping, no copy, right for as long as it is held.
-
-        MissingOpError when no live entry has the op; PoisonedError above the durable LSN of a poisoned
-        journal; CorruptionError with `verify_reads`; ClosedError. What the disk fails to bring while
-        the view is read kills by SIGBUS: copy() is the guarded way.
-        """
-        reader = self._reader
-        try:
-            slot = op % reader.slots
-            lsn, found, length = reader.load_place(reader.memory, slot * fmt.SLOT_BYTES)
-            if found == op and lsn < reader.plain_below_lsn:
-                table = reader.segments.table
-                lane = bisect_right(table.lane_lsns, lsn) - 1
-                view = table.lane_views[lane]
-                # The slot is its own sequence lock: unchanged, and so were the fields between. It is
-                # looked at after the table, so what it names cannot have been compacted away from it.
-                if view is not None and reader.words[slot * 4] == lsn:
-                    start = lsn - table.lane_shifts[lane]
-                    return view[start : start + length]
-        except TypeError:
-            raise MissingOpError(op) from None
-        view, start, end, _, _ = reader.locate(op)
-        return view[start:end]
-
-    def copy(self, op: int) -> bytes:
-        """The payload as bytes, its checksum checked, OSError where the disk fails. Else as read()."""
-        return self._reader.copy(op)
-
-    def get(self, op: int, default: Any = None) -> Entry | Any:
-        """The entry, or `default` when no live entry has the op."""
-        try:
-            return self[op]
-        except MissingOpError:
-            return default
-
-    def __getitem__(self, op: int) -> Entry:
-        """The entry; errors as read()."""
-        view, start, end, kind, timestamp = self._reader.locate(op)
-        return Entry(op, view[start:end], kind, timestamp)
-
-    def __contains__(self, op: object) -> bool:
-        try:
-            self._reader.locate(op)  # type: ignore[arg-type]
-        except MissingOpError:
-            return False
-        return True
-
-    def __len__(self) -> int:
-        return int(self._state().live)
-
-    def __bool__(self) -> bool:
-        return True
-
-    def __iter__(self) -> Iterator[Entry]:
-        return self.entries()
-
-    def payloads(self, first: int | None = None, last: int | None = None) -> Iterator[memoryview]:
-        """The payloads of the live ops first .. last (inclusive), by op: the fast lane. Checked in
-        chunks; CorruptionError, OSError. What is appended meanwhile is not among them; what is removed
-        meanwhile may be."""
-        return self._reader.payloads(first, last)
-
-    def entries(self, first: int | None = None, last: int | None = None) -> Iterator[Entry]:
-        """The live entries first .. last (inclusive), by op. As payloads()."""
-        return self._reader.entries(first, last)
-
-    def header(self, op: int) -> Header | None:
-        """What is known of an entry without its payload; None when it is not live. The frame is checked."""
-        return self._reader.header(op)
-
-    def previous_header(self, header: Header) -> Header | None:
-        """The header of the op before; None when that is not live."""
-        return self._reader.header(header.op - 1) if header.op > 1 else None
-
-    def headers(self, first: int | None = None, last: int | None = None) -> npt.NDArray[Any]:
-        """The headers of first .. last (inclusive), by op, as a structured array with the fields of
-        Header. Copies; the payloads are not read."""
-        return self._reader.headers(first, last)
-
     # --- shrinking --------------------------------------------------------------------------------
 
     def set_snapshot_op(self, op: int) -> None:
@@ -460,6 +376,12 @@ class Journal:
 
     def _state(self) -> Any:
         return self._engine.state()
+
+    def __len__(self) -> int:
+        return int(self._state().live)
+
+    def __bool__(self) -> bool:
+        return True
 
     @property
     def first_op(self) -> int | None:

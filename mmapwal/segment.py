@@ -122,16 +122,19 @@ class Segment:
                 record.name, 0, record.base_lsn, None, "the superblock names it, but it is not there"
             ) from e
         try:
-            length = len(storage)
-            if length < fmt.PAGE_BYTES + record.capacity:
-                raise CorruptionError(
-                    record.name, length, record.base_lsn, None, f"the file was cut to {length} bytes"
-                )
+            self._check_length(len(storage))
             check_header(bytes(storage.read_at(0, fmt.SEGMENT_HEADER.itemsize)), self._uuid, record)
         except BaseException:
             storage.close()
             raise
         return storage
+
+    def _check_length(self, length: int) -> None:
+        """What is behind the end of a mapping is not ours."""
+        if length < fmt.PAGE_BYTES + self.record.capacity:
+            raise CorruptionError(
+                self.record.name, length, self.record.base_lsn, None, f"the file was cut to {length} bytes"
+            )
 
     def check(self) -> None:
         """CorruptionError unless the file is there, whole in size, and of this place."""
@@ -148,6 +151,7 @@ class Segment:
                     view = storage.view()
                     if storage is not self._writer:
                         storage.close()
+                    self._check_length(len(view))
                     self._storage = storage
                     # A bare address, kept right by the view: a long-lived from_buffer() of a memoryview
                     # crashes CPython's garbage collector when both end in one cycle.
@@ -203,6 +207,11 @@ class Segment:
             held.retire(self._storage, time.monotonic())
 
 
+# Where the second part of a lane begins; of each part the view (None: not mapped, or no segment), and what to
+# take off an LSN for the offset of its payload.
+Lane = tuple[int, memoryview | None, int, memoryview | None, int]
+
+
 class SegmentTable:
     """The segments at one moment, immutable: a reader that holds it can follow any LSN that it had."""
 
@@ -216,24 +225,28 @@ class SegmentTable:
             ref.salt = segment.salt
             ref.frames = segment.frames if segment.is_mapped else ffi.NULL
         self.native = ffi.new("struct mw_table *", {"refs": self._refs, "count": len(self.segments)})
-        self._build_lanes()
+        # For reading one entry: _lane() of each that was read from, filled by lend(). Segments are longer
+        # than a lane, so mostly no more than two meet in it.
+        self.lanes: dict[int, Lane] = {}
+        self.lane_bits = min((s.record.capacity for s in self.segments), default=1).bit_length() - 1
 
-    def _build_lanes(self) -> None:
-        """For reading one entry: lists in which every LSN has a lane, so that no bound needs a check.
-        A lane has the LSN where it starts, the view (None where no segment is, or it is not mapped yet),
-        and what to take off an LSN for the offset of its payload."""
-        self.lane_lsns: list[int] = [0]
-        self.lane_views: list[memoryview | None] = [None]
-        self.lane_shifts: list[int] = [0]
-        self._lane_of_row: list[int] = []
-        for segment, view in zip(self.segments, self.views, strict=True):
-            record = segment.record
-            if self.lane_lsns[-1] == record.base_lsn:  # no hole before it
-                del self.lane_lsns[-1], self.lane_views[-1], self.lane_shifts[-1]
-            self._lane_of_row.append(len(self.lane_lsns))
-            self.lane_lsns += (record.base_lsn, record.next_base_lsn)
-            self.lane_views += (view, None)
-            self.lane_shifts += (record.base_lsn - fmt.PAGE_BYTES - fmt.FRAME_BYTES, 0)
+    def _zone(self, lsn: int) -> tuple[memoryview | None, int]:
+        row = self.row(lsn)
+        return (None, 0) if row < 0 else (self.views[row], self.bases[row] - fmt.PAYLOAD_OFFSET)
+
+    def lend(self, lsn: int) -> None:
+        """Lets read() find the LSN, whose segment is mapped, by its lane. Two threads may do it at once: what
+        one of them overwrites is put right by the next read there."""
+        number = lsn >> self.lane_bits
+        edge, first, _, second, _ = self.lanes.get(number, (0, None, 0, None, 0))
+        if (first if lsn < edge else second) is not None:
+            return
+        start, end = number << self.lane_bits, (number + 1) << self.lane_bits
+        near = self.segments[max(0, bisect_right(self.bases, start) - 1) : bisect_right(self.bases, end)]
+        ends = {at for s in near for at in (s.record.base_lsn, s.record.next_base_lsn) if start < at < end}
+        if len(ends) < 2:  # else two of them and a hole: looked up each time
+            edge = ends.pop() if ends else end
+            self.lanes[number] = (edge, *self._zone(start), *self._zone(edge))
 
     def row(self, lsn: int) -> int:
         """The row of the segment that has the LSN; -1 when none has."""
@@ -247,7 +260,7 @@ class SegmentTable:
         view = self.views[row]
         if view is None:
             segment = self.segments[row]
-            view = self.views[row] = self.lane_views[self._lane_of_row[row]] = segment.view
+            view = self.views[row] = segment.view
             self._refs[row].frames = segment.frames
         return view
 

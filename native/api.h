@@ -99,10 +99,23 @@ enum mw_error {
 
 /* ---- checksums ---- */
 
+struct mw_sum { const uint8_t *data; uint64_t bytes; uint32_t crc; };
+
 uint32_t mw_crc32c(uint32_t seed, const void *data, uint64_t bytes);
-uint32_t mw_crc32c_portable(uint32_t seed, const void *data, uint64_t bytes);
-int mw_crc32c_hardware(void);
 int mw_crc32c_guarded(uint32_t seed, const void *data, uint64_t bytes, uint32_t *crc);
+/* Many at once, so that their latencies overlap. crc: the seed, and then the checksum. */
+void mw_crc32c_many(struct mw_sum *sums, uint64_t count);
+/* What header_crc of each of these headers has to be. */
+void mw_crc32c_frames(uint32_t salt, const struct mw_frame *frames, uint64_t count, uint32_t *crcs);
+
+enum mw_crc32c_ways { MW_CRC32C_PORTABLE = 0, MW_CRC32C_INSTRUCTION = 1, MW_CRC32C_FOLD = 2 };
+
+int mw_crc32c_best(void);       /* the way that the three above take on this processor */
+/* The same, each by a chosen way; -ENOTSUP where the processor has it not. */
+int mw_crc32c_by(int way, uint32_t seed, const void *data, uint64_t bytes, uint32_t *crc);
+int mw_crc32c_many_by(int way, struct mw_sum *sums, uint64_t count);
+int mw_crc32c_frames_by(int way, uint32_t salt, const struct mw_frame *frames, uint64_t count,
+                        uint32_t *crcs);
 
 /* ---- files ---- */
 
@@ -246,6 +259,7 @@ struct mw_cursor {
     uint64_t lsn;               /* on an error: where */
     uint32_t segment;           /* on MW_E_TABLE: the row whose mapping is missing, or UINT32_MAX */
     uint32_t uniform;           /* all rows are in one segment */
+    uint64_t stride;            /* and all payloads of one length, this far apart; or 0 */
 };
 
 /* Fills at most `max` rows with the live entries of cursor->op .. cursor->last_op, checked when

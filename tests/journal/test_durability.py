@@ -31,6 +31,8 @@ def test_what_is_not_durable_yet_is_read_by_its_own_process_at_once(
         "entries": lambda j, op: bytes(next(j.entries(op)).payload),
         "header": lambda j, op: b"." * j.header(op).length,  # type: ignore[union-attr]
         "headers": lambda j, op: b"." * int(j.headers(op)[0]["length"]),
+        "columns": lambda j, op: bytes(j.columns(op).payload(0)),
+        "array": lambda j, op: j.array(op).tobytes(),
         "drain": lambda j, op: bytes(j.drain(op, op)[0].payload),
     }
     journal = home.open(**SMALL, durability=durability)
