@@ -4,6 +4,7 @@ and rebuilt from them after an unclean close; its first page publishes how far t
 from __future__ import annotations
 
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -112,10 +113,21 @@ class SlotIndex:
         _check(lib.mw_slots_summary(self.slots, self.slot_count, out))
         return int(out.live), int(out.first_op), int(out.last_op)
 
-    def fill(self, slots: npt.NDArray[Any]) -> None:
-        """Takes over slots that were rebuilt elsewhere."""
-        source = ffi.from_buffer(slots)
-        _check(lib.mw_copy_guarded(self.slots, source, self.slot_count * fmt.SLOT_BYTES))
+    def fill(self, older: npt.NDArray[Any], newer: npt.NDArray[Any], threads: int = 1) -> None:
+        """Takes over slots that were rebuilt elsewhere; those of `newer` win. The same array twice: all of
+        one. Nearly all of the time goes into first stores to pages, which threads share."""
+        older_slots, newer_slots = slot_pointer(older), slot_pointer(newer)
+
+        def part(number: int) -> int:
+            first, end = (self.slot_count * n // threads for n in (number, number + 1))
+            return int(lib.mw_slots_merge(self.slots, older_slots, newer_slots, first, end - first))
+
+        if threads == 1:
+            _check(part(0))
+            return
+        with ThreadPoolExecutor(threads) as pool:
+            for rc in pool.map(part, range(threads)):
+                _check(rc)
 
     def copy(self) -> npt.NDArray[Any]:
         """The slots as they are, each one whole; the journal may go on meanwhile."""
@@ -146,6 +158,11 @@ class SlotIndex:
 def rebuilt_slots(slot_count: int) -> npt.NDArray[Any]:
     """Empty slots in private memory, for a scan to fill."""
     return np.zeros(slot_count, fmt.SLOT)
+
+
+def slot_pointer(slots: npt.NDArray[Any]) -> Any:
+    """As C takes it; right as long as the array is."""
+    return ffi.cast("struct mw_slot *", ffi.from_buffer(slots))
 
 
 def conflict(name: str, offset: int, lsn: int, op: int) -> CorruptionError:

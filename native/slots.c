@@ -103,6 +103,33 @@ int mw_slots_copy(struct mw_slot *to, const struct mw_slot *from, uint64_t slot_
     return mw_guarded(copy_slots, &r);
 }
 
+struct merge {
+    struct mw_slot *to;
+    const struct mw_slot *older, *newer;
+    uint64_t first, end;
+};
+
+static int merge(void *arg) {
+    struct merge *m = arg;
+    for (uint64_t i = m->first; i < m->end; i++)
+        m->to[i] = m->newer[i].lsn != 0 ? m->newer[i] : m->older[i];
+    return 0;
+}
+
+/* Not against concurrent stores or readers: nobody has the index yet. */
+int mw_slots_merge(struct mw_slot *to, const struct mw_slot *older, const struct mw_slot *newer,
+                   uint64_t first, uint64_t rows) {
+    struct merge m = {to, older, newer, first, first + rows};
+    return mw_guarded(merge, &m);
+}
+
+/* Both in private memory. */
+int mw_slots_clash(const struct mw_slot *older, const struct mw_slot *newer, uint64_t slot_count) {
+    for (uint64_t i = 0; i < slot_count; i++)
+        if (older[i].lsn != 0 && newer[i].lsn != 0 && older[i].op != newer[i].op) return 1;
+    return 0;
+}
+
 static uint32_t progress_check(const struct mw_index_header *page, const struct mw_progress *p) {
     return mw_crc32c(page->salt, p, offsetof(struct mw_progress, check));
 }
