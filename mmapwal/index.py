@@ -113,21 +113,25 @@ class SlotIndex:
         _check(lib.mw_slots_summary(self.slots, self.slot_count, out))
         return int(out.live), int(out.first_op), int(out.last_op)
 
-    def fill(self, older: npt.NDArray[Any], newer: npt.NDArray[Any], threads: int = 1) -> None:
-        """Takes over slots that were rebuilt elsewhere; those of `newer` win. The same array twice: all of
-        one. Nearly all of the time goes into first stores to pages, which threads share."""
+    def fill(
+        self, older: npt.NDArray[Any], newer: npt.NDArray[Any], threads: int = 1
+    ) -> tuple[int, int, int]:
+        """Takes over slots that were rebuilt elsewhere, and returns their summary; those of `newer` win. The
+        same array twice: all of one. Most of the time goes into first stores to pages, which threads share.
+        """
         older_slots, newer_slots = slot_pointer(older), slot_pointer(newer)
 
-        def part(number: int) -> int:
+        def part(number: int) -> tuple[int, int, int]:
             first, end = (self.slot_count * n // threads for n in (number, number + 1))
-            return int(lib.mw_slots_merge(self.slots, older_slots, newer_slots, first, end - first))
+            out = ffi.new("struct mw_summary *")
+            _check(lib.mw_slots_merge(self.slots, older_slots, newer_slots, first, end - first, out))
+            return int(out.live), int(out.first_op), int(out.last_op)
 
         if threads == 1:
-            _check(part(0))
-            return
+            return part(0)
         with ThreadPoolExecutor(threads) as pool:
-            for rc in pool.map(part, range(threads)):
-                _check(rc)
+            live, first_ops, last_ops = zip(*pool.map(part, range(threads)), strict=True)
+        return sum(live), min((op for op in first_ops if op), default=0), max(last_ops)
 
     def copy(self) -> npt.NDArray[Any]:
         """The slots as they are, each one whole; the journal may go on meanwhile."""

@@ -76,6 +76,8 @@ class Opening:
     segments: SegmentSet
     index: SlotIndex
     found: Scanned
+    summary: tuple[int, int, int]
+    """How many entries are live, the first and the last op: of the index as it is when this is done."""
     seal: Seal | None = None
     """The seal, when it and the index were believed."""
 
@@ -115,6 +117,7 @@ class Opening:
         if seal is not None and index is not None and index.crc() == seal.index_crc:
             self.watch.lap("index")
             self.seal = seal
+            self.summary = (seal.live, seal.first_op, seal.last_op)
             report.outcome = RecoveryRow.SEALED
             row = self.segments.table.row(seal.lsn)
             return Scanned((), seal.lsn, seal.link, row, proven_lsn=seal.lsn)
@@ -178,7 +181,7 @@ class Opening:
         watch.lap("epoch")
         self.index = index or SlotIndex.create(self.directory, superblock.uuid, superblock.slot_count)
         if found.slots:
-            self.index.fill(found.slots[0], found.slots[-1], len(found.slots))
+            self.summary = self.index.fill(found.slots[0], found.slots[-1], len(found.slots))
             found.slots = ()
         report = self.report
         report.frames, report.entries, report.scanned_bytes = found.frames, found.entries, found.scanned_bytes

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from queue import SimpleQueue
@@ -200,11 +200,12 @@ class _Run:
         self._removals = removal_rows(superblock)
         self._unmaps = len(table.segments) > MAPPINGS_MAX
 
-    def scan(self, tell: Callable[[int], None]) -> None:
-        """OSError when the disk fails."""
+    def scan(self, tell: Callable[[int], None], before: Callable[[int], object] = lambda row: None) -> None:
+        """`before` is called with each row before its segment is looked at. OSError when the disk fails."""
         for row in self._rows:
             if self.cancelled:
                 return
+            before(row)
             segment = self._segments[row]
             self._scan_segment(row, segment)
             if self._unmaps:
@@ -215,7 +216,6 @@ class _Run:
     def _scan_segment(self, row: int, segment: Segment) -> None:
         record, superblock, found = segment.record, self._superblock, self.found
         (slots,) = found.slots
-        lib.mw_populate(ffi.cast("void *", segment.frames - fmt.PAGE_BYTES), len(segment.view), 0)
         scan = scan_fields(
             frames=segment.frames, base_lsn=record.base_lsn, capacity=record.capacity,
             epoch=superblock.epoch, epoch_start_lsn=superblock.epoch_start_lsn,
@@ -256,15 +256,44 @@ def scan_journal(
     `progress` is called on the caller's thread. OSError when the disk fails. Changes nothing.
     """
     proven = max(_superblock_proof(superblock), index_durable_lsn)
-    tell = _Telling(progress, sum(s.record.capacity for s in table.segments))
-    row = split_row(table, proven) if threads > 1 else 0
-    if row > 0:
-        found = _scan_split(table, row, superblock, proven, tell)
+    segments = table.segments
+    total = sum(s.record.capacity for s in segments)
+    tell = _Telling(progress, total)
+    ahead = False
+    if threads > 1 and total >= SPLIT_MIN_BYTES and len(segments) <= MAPPINGS_MAX:
+        for segment in segments:
+            segment.view  # noqa: B018  # maps it: files are opened by one thread, in order
+        ahead = not is_resident(segments)
+        row = 0 if ahead else split_row(table, proven)
+        found = _scan_split(table, row, superblock, proven, tell) if row > 0 else None
         if found is not None:
             return found
-    run = _Run(table, range(len(table.segments)), superblock, proven)
-    run.scan(tell)
+    run = _Run(table, range(len(segments)), superblock, proven)
+    if ahead:
+        _scan_behind(run, segments, tell)
+    else:
+        run.scan(tell)
     return run.found
+
+
+def is_resident(segments: tuple[Segment, ...]) -> bool:
+    """Whether the page cache has them, as far as a few looks tell."""
+    return all(lib.mw_resident(*_mapping(s)) for s in segments)
+
+
+def _mapping(segment: Segment) -> tuple[Any, int]:
+    return ffi.cast("void *", segment.frames - fmt.PAGE_BYTES), len(segment.view)
+
+
+def _scan_behind(run: _Run, segments: tuple[Segment, ...], tell: _Telling) -> None:
+    """The disk is the limit: one thread reads ahead, from the first byte to the last, and one checks."""
+    pool = ThreadPoolExecutor(1, "mmapwal-recovery")
+    try:
+        read = [pool.submit(lib.mw_populate, *(*_mapping(s), 0)) for s in segments]
+        # Whether a read worked is no matter here: the check of the same bytes tells what the disk says.
+        run.scan(tell, lambda row: wait([read[row]]))
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def split_row(table: SegmentTable, proven_lsn: int) -> int:
@@ -274,8 +303,6 @@ def split_row(table: SegmentTable, proven_lsn: int) -> int:
     reads counts whenever the journal opens.
     """
     total = sum(s.record.capacity for s in table.segments)
-    if total < SPLIT_MIN_BYTES or len(table.segments) > MAPPINGS_MAX:
-        return 0
     row = done = 0
     for segment in table.segments[:-1]:
         done += segment.record.capacity
@@ -290,8 +317,6 @@ def _scan_split(
 ) -> Scanned | None:
     """Two threads, one before the row and one from it on. None: they do not fit together, which only a
     journal that is refused can cause; one thread finds the place."""
-    for segment in table.segments:
-        segment.view  # noqa: B018  # maps it: files are opened by one thread, in order
     older = _Run(table, range(row), superblock, proven_lsn)
     newer = _Run(table, range(row, len(table.segments)), superblock, proven_lsn)
     steps: SimpleQueue[None] = SimpleQueue()

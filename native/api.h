@@ -153,6 +153,7 @@ int mw_map(int fd, uint64_t bytes, int writable, void **address);
 void mw_unmap(void *address, uint64_t bytes);
 int mw_map_sync(void *address, uint64_t bytes);
 int mw_populate(void *address, uint64_t bytes, int writable);
+int mw_resident(void *address, uint64_t bytes);
 int mw_copy_guarded(void *to, const void *from, uint64_t bytes);
 
 /* ---- frames ---- */
@@ -238,10 +239,10 @@ struct mw_summary {
 };
 
 /* Of two neighbouring stretches of frames, each scanned into slots of its own: whether two ops want
- * one slot; and the slots of both as one, `rows` of them from `first` on. */
+ * one slot; and the slots of both as one, `rows` of them from `first` on, and what they hold. */
 int mw_slots_clash(const struct mw_slot *older, const struct mw_slot *newer, uint64_t slot_count);
 int mw_slots_merge(struct mw_slot *to, const struct mw_slot *older, const struct mw_slot *newer,
-                   uint64_t first, uint64_t rows);
+                   uint64_t first, uint64_t rows, struct mw_summary *out);
 int mw_slots_clear(struct mw_slot *slots, uint64_t slot_count);
 int mw_slots_summary(const struct mw_slot *slots, uint64_t slot_count, struct mw_summary *out);
 int mw_slots_copy(struct mw_slot *to, const struct mw_slot *from, uint64_t slot_count);
