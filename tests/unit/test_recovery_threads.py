@@ -225,6 +225,18 @@ def test_an_epoch_that_goes_down_from_one_segment_to_the_next_stops_both_ways() 
     assert assert_the_same(directory) == set()
 
 
+def test_what_a_frame_of_the_first_thread_proves_counts() -> None:
+    directory = long()
+    first = superblock_of(directory).segments[0].name
+    end = [f for f in frames_of(directory) if f.name == first][-1]
+    assert end.type == lib.MW_END
+    beyond = scan(directory, 1).tail_lsn + 8
+    change_frame(directory, end, durable_lsn=beyond)
+    found = scan(directory, 1)
+    assert (found.proven_lsn, decide(found.finding)) == (beyond, RecoveryRow.LOST)
+    assert 1 in assert_the_same(directory)
+
+
 def renewed(directory: MemoryDirectory, frame: Any, **changed: int) -> int:
     """Changes the frame; the checksum of its header as it is now, for the next one's link."""
     change_frame(directory, frame, **changed)
