@@ -134,13 +134,12 @@ class Engine:
         opening.run()
         self.report, self.sync_method = opening.report, opening.sync_method
         self._file, self.segments, self.index = opening.file, opening.segments, opening.index
-        self._start_writer(opening.found, opening.seal)
+        self._start_writer(opening.found, opening.summary)
         opening.remove_strangers()
         opening.watch.lap("writer")
 
-    def _start_writer(self, found: Scanned, seal: Seal | None) -> None:
+    def _start_writer(self, found: Scanned, summary: tuple[int, int, int]) -> None:
         superblock = self._file.current
-        summary = (seal.live, seal.first_op, seal.last_op) if seal is not None else self.index.summary()
         config = ffi.new(
             "struct mw_config *",
             {

@@ -4,6 +4,7 @@ and rebuilt from them after an unclean close; its first page publishes how far t
 from __future__ import annotations
 
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -113,10 +114,25 @@ class SlotIndex:
         _check(lib.mw_slots_summary(self.slots, self.slot_count, out))
         return int(out.live), int(out.first_op), int(out.last_op)
 
-    def fill(self, slots: npt.NDArray[Any]) -> None:
-        """Takes over slots that were rebuilt elsewhere."""
-        source = ffi.from_buffer(slots)
-        _check(lib.mw_copy_guarded(self.slots, source, self.slot_count * fmt.SLOT_BYTES))
+    def fill(
+        self, older: npt.NDArray[Any], newer: npt.NDArray[Any], threads: int = 1
+    ) -> tuple[int, int, int]:
+        """Takes over slots that were rebuilt elsewhere, and returns their summary; those of `newer` win. The
+        same array twice: all of one. Most of the time goes into first stores to pages, which threads share.
+        """
+        older_slots, newer_slots = slot_pointer(older), slot_pointer(newer)
+
+        def part(number: int) -> tuple[int, int, int]:
+            first, end = (self.slot_count * n // threads for n in (number, number + 1))
+            out = ffi.new("struct mw_summary *")
+            _check(lib.mw_slots_merge(self.slots, older_slots, newer_slots, first, end - first, out))
+            return int(out.live), int(out.first_op), int(out.last_op)
+
+        if threads == 1:
+            return part(0)
+        with ThreadPoolExecutor(threads) as pool:
+            live, first_ops, last_ops = zip(*pool.map(part, range(threads)), strict=True)
+        return sum(live), min((op for op in first_ops if op), default=0), max(last_ops)
 
     def copy(self) -> npt.NDArray[Any]:
         """The slots as they are, each one whole; the journal may go on meanwhile."""
@@ -153,6 +169,11 @@ class SlotIndex:
 def rebuilt_slots(slot_count: int) -> npt.NDArray[Any]:
     """Empty slots in private memory, for a scan to fill."""
     return np.zeros(slot_count, fmt.SLOT)
+
+
+def slot_pointer(slots: npt.NDArray[Any]) -> Any:
+    """As C takes it; right as long as the array is."""
+    return ffi.cast("struct mw_slot *", ffi.from_buffer(slots))
 
 
 def conflict(name: str, offset: int, lsn: int, op: int) -> CorruptionError:

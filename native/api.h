@@ -153,6 +153,7 @@ int mw_map(int fd, uint64_t bytes, int writable, void **address);
 void mw_unmap(void *address, uint64_t bytes);
 int mw_map_sync(void *address, uint64_t bytes);
 int mw_populate(void *address, uint64_t bytes, int writable);
+int mw_resident(void *address, uint64_t bytes);
 int mw_copy_guarded(void *to, const void *from, uint64_t bytes);
 
 /* ---- frames ---- */
@@ -205,6 +206,9 @@ struct mw_scan {
     uint64_t entry_count;
     uint64_t hidden_count;      /* entries that a removal hides */
     uint64_t op;                /* of the bad frame, when its header can be believed; or 0 */
+    uint64_t first_op;          /* all ops that came into the slots are within these two; 0: none did */
+    uint64_t last_op;
+    uint32_t first_epoch;       /* of the first good frame */
     int stop;
 };
 
@@ -234,6 +238,11 @@ struct mw_summary {
     uint64_t last_op;
 };
 
+/* Of two neighbouring stretches of frames, each scanned into slots of its own: whether two ops want
+ * one slot; and the slots of both as one, `rows` of them from `first` on, and what they hold. */
+int mw_slots_clash(const struct mw_slot *older, const struct mw_slot *newer, uint64_t slot_count);
+int mw_slots_merge(struct mw_slot *to, const struct mw_slot *older, const struct mw_slot *newer,
+                   uint64_t first, uint64_t rows, struct mw_summary *out);
 int mw_slots_clear(struct mw_slot *slots, uint64_t slot_count);
 int mw_slots_summary(const struct mw_slot *slots, uint64_t slot_count, struct mw_summary *out);
 int mw_slots_copy(struct mw_slot *to, const struct mw_slot *from, uint64_t slot_count);

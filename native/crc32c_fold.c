@@ -12,7 +12,7 @@
 
 #define FOLD __attribute__((target("avx2,pclmul,vpclmulqdq,sse4.2")))
 #define FOLD_MIN 64u /* below it the set-up costs more than it brings */
-#define AHEAD 2048u  /* bytes that the memory is asked for before they are needed */
+#define AHEAD 4096u  /* bytes that the memory is asked for before they are needed */
 
 static uint64_t by_bytes[5][2]; /* over 16, 32, 64, 96 and 128 bytes: for the low half, for the high half */
 enum { BY_16, BY_32, BY_64, BY_96, BY_128 };
@@ -60,6 +60,8 @@ FOLD static inline uint32_t folded(uint32_t crc, const uint8_t *p, uint64_t n) {
     if (n >= 128) {
         __m256i y = load(p + 32), z = load(p + 64), w = load(p + 96);
         const __m256i by_128 = constants(BY_128);
+        __builtin_prefetch(p + AHEAD);
+        __builtin_prefetch(p + AHEAD + 64);
         for (p += 128, n -= 128; n >= 128; p += 128, n -= 128) {
             __builtin_prefetch(p + AHEAD);
             __builtin_prefetch(p + AHEAD + 64);

@@ -13,6 +13,8 @@
 
 #include "mmapwal.h"
 
+#define MW_RESIDENT_LOOKS 16u
+
 #ifndef MADV_POPULATE_READ
 #define MADV_POPULATE_READ 22
 #define MADV_POPULATE_WRITE 23
@@ -182,6 +184,17 @@ int mw_map_sync(void *address, uint64_t bytes) {
  * loads that follow under the guard will tell. */
 int mw_populate(void *address, uint64_t bytes, int writable) {
     return madvise(address, bytes, writable ? MADV_POPULATE_WRITE : MADV_POPULATE_READ) != 0 ? -errno : 0;
+}
+
+/* 1: of a file's mapping, all pages that were looked at are in the page cache; 0: not, or nobody knows. */
+int mw_resident(void *address, uint64_t bytes) {
+    const uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE), pages = bytes / page;
+    const uint64_t looks = pages < MW_RESIDENT_LOOKS ? pages : MW_RESIDENT_LOOKS;
+    for (uint64_t i = 0; i < looks; i++) {
+        unsigned char in = 0;
+        if (mincore((uint8_t *)address + pages * i / looks * page, page, &in) != 0 || !(in & 1)) return 0;
+    }
+    return 1;
 }
 
 int64_t mw_fs_type(int fd) {

@@ -4,7 +4,7 @@
 
 #include "mmapwal.h"
 
-#define GROUP 16u /* frames that are looked at together */
+#define GROUP 8u /* frames that are looked at together */
 
 /* The next frames as their lengths say, nothing believed yet: copies of their headers, and what their
  * checksums have to be. Many short checksums one by one would wait for each other's results. */
@@ -50,6 +50,7 @@ static void copy_headers(const struct mw_scan *s, struct group *g, uint64_t end)
         uint64_t bytes = mw_frame_bytes(f->length);
         if (f->type == 0 || f->type == MW_END || bytes > s->base_lsn + s->capacity - lsn) return;
         __builtin_prefetch(at + GROUP * bytes); /* where a frame of the next group begins, if all are alike */
+        __builtin_prefetch(at + GROUP * bytes + offsetof(struct mw_frame, length));
         lsn += bytes;
     }
 }
@@ -97,6 +98,8 @@ static int insert(struct mw_scan *s, const struct mw_frame *f) {
     if (s->slots == NULL) return 0;
     struct mw_slot *slot = &s->slots[f->op % s->slot_count];
     if (slot->lsn != 0 && slot->op != f->op) return MW_STOP_CONFLICT;
+    if (f->op < s->first_op || s->first_op == 0) s->first_op = f->op;
+    if (f->op > s->last_op) s->last_op = f->op;
     mw_slot_store(slot, f);
     return 0;
 }
@@ -137,7 +140,7 @@ static int scan(struct mw_scan *s) {
             if (f->type == MW_ENTRY && (stop = insert(s, f)) != 0) return stop;
         }
         if (f->type == MW_ENTRY) s->entry_count++;
-        s->frame_count++;
+        if (s->frame_count++ == 0) s->first_epoch = f->epoch;
         if (f->durable_lsn > s->durable_lsn) s->durable_lsn = f->durable_lsn;
         s->last_epoch = f->epoch;
         s->link = f->type == MW_GAP ? f->payload_crc : f->header_crc;
