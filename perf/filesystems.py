@@ -3,7 +3,7 @@ ext4, xfs, btrfs, tmpfs and overlayfs.
 
 Each file system is made in an image below --dir and mounted by a loop device, so it needs root (exit
 status 2 without). For each method two journals take turns, AUTO, method, AUTO, method, a few appends of
-256 bytes each; the ratio of their rates is taken pair by pair.
+256 bytes each, one a call and 64 a call; the ratio of their rates is taken pair by pair.
 
 AUTO is within 10 % of the best when it is within 10 % of each. So every method is held against AUTO by
 itself, by the median of its own pairs, and nobody has to be declared the best first: the highest of
@@ -16,15 +16,18 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from contextlib import closing
 from math import sqrt
 from pathlib import Path
+from typing import Any
 
 from common import (
     PAYLOAD_BYTES,
     Report,
     finish,
     machine,
+    make_room,
     options,
     pyplot,
     random_bytes,
@@ -38,19 +41,21 @@ from mmapwal import Journal, SyncMethod
 
 WITHIN = 0.90
 METHODS = (SyncMethod.DSYNC, SyncMethod.FDATASYNC, SyncMethod.MSYNC)
-CALLS = {"tmpfs": 2000}  # a stretch; where a call takes microseconds it needs more of them
+CALLS = {"tmpfs": 1000}  # a stretch; where a call takes microseconds it needs more of them
 USUAL_CALLS = 20
 WARM = 4
+BATCH = 64
 
 
-def rate(journal: Journal, payload: bytes, calls: int) -> float:
-    """Appends a second, of one stretch."""
-    if journal.remaining_capacity < WARM + calls:
-        journal.set_snapshot_op(journal.last_op or 0)
-        journal.compact()
+def rate(journal: Journal, batch: int, calls: int) -> float:
+    """Calls a second, of one stretch."""
+    make_room(journal, (WARM + calls) * batch)
+    payload = random_bytes(PAYLOAD_BYTES)
+    call: Callable[[Any], object] = journal.append if batch == 1 else journal.append_many
+    argument = payload if batch == 1 else [payload] * batch
     for _ in range(WARM):
-        journal.append(payload)
-    return time_each(journal.append, payload, calls).rate
+        call(argument)
+    return time_each(call, argument, calls).rate
 
 
 def interval(samples: list[float]) -> tuple[float, float]:
@@ -65,21 +70,21 @@ def is_decided(samples: list[float]) -> bool:
     return high < WITHIN or low >= WITHIN
 
 
-def measure(folder: Path, method: SyncMethod, calls: int, pairs: int, most: int) -> list[float]:
-    """AUTO's rate over the method's, pair by pair. The order within a pair alternates."""
-    payload = random_bytes(PAYLOAD_BYTES)
+def measure(folder: Path, method: SyncMethod, batch: int, calls: int, pairs: tuple[int, int]) -> list[float]:
+    """AUTO's rate over the method's, pair by pair; the order within a pair alternates. `pairs`: at least
+    and at most."""
     with (
         closing(Journal(folder / "auto")) as auto,
         closing(Journal(folder / "method", sync_method=method)) as other,
     ):
         samples: list[float] = []
-        rate(auto, payload, calls), rate(other, payload, calls)
-        while len(samples) < pairs or (len(samples) < most and not is_decided(samples)):
+        rate(auto, batch, calls), rate(other, batch, calls)
+        while len(samples) < pairs[0] or (len(samples) < pairs[1] and not is_decided(samples)):
             if len(samples) % 2:
-                below = rate(other, payload, calls)
-                samples.append(rate(auto, payload, calls) / below)
+                below = rate(other, batch, calls)
+                samples.append(rate(auto, batch, calls) / below)
             else:
-                samples.append(rate(auto, payload, calls) / rate(other, payload, calls))
+                samples.append(rate(auto, batch, calls) / rate(other, batch, calls))
     return samples
 
 
@@ -90,21 +95,21 @@ def chosen(folder: Path) -> SyncMethod:
 
 def report_kind(report: Report, kind: str, where: Path, args: argparse.Namespace) -> None:
     pairs = args.rounds or (6 if args.quick else 40)
-    calls = CALLS.get(kind, USUAL_CALLS)
     auto = chosen(where)
     report.notes.append(f"on {kind} AUTO is {auto.name}")
     report.extra.setdefault("auto", {})[kind] = auto.name
     for method in METHODS:
-        folder = where / method.value
-        folder.mkdir()
-        samples = measure(folder, method, calls, pairs, pairs if args.quick else 5 * pairs)
-        name = f"{kind}: AUTO / {method.name}"
-        row = report.add(name + (" (itself)" if method is auto else ""), samples, target=WITHIN)
-        low, high = interval(samples)
-        report.extra.setdefault("confidence_95", {})[row.name] = [low, high]
-        print(
-            f"  {row.name}: {row.median:.3f} ({low:.3f} .. {high:.3f}, {len(samples)} pairs)", file=sys.stderr
-        )
+        for batch, what in ((1, "append"), (BATCH, f"append_many({BATCH})")):
+            calls = CALLS.get(kind, USUAL_CALLS)
+            calls = max(USUAL_CALLS // 2, calls // (1 if batch == 1 else 10))
+            with workspace(where) as folder:
+                samples = measure(folder, method, batch, calls, (pairs, pairs if args.quick else 5 * pairs))
+            itself = " (itself)" if method is auto else ""
+            row = report.add(f"{kind}, {what}: AUTO / {method.name}{itself}", samples, target=WITHIN)
+            low, high = interval(samples)
+            report.extra.setdefault("confidence_95", {})[row.name] = [low, high]
+            found = f"{row.median:.3f} ({low:.3f} .. {high:.3f}, {len(samples)} pairs)"
+            print(f"  {row.name}: {found}", file=sys.stderr)
 
 
 def picture(report: Report, path: Path) -> None:

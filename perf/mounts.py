@@ -21,7 +21,7 @@ from types import FrameType
 
 MIB = 1 << 20
 KINDS = ("ext4", "xfs", "btrfs", "tmpfs", "overlayfs")
-IMAGE_MIB = {"ext4": 320, "xfs": 320, "btrfs": 512}  # xfs refuses less than 300
+IMAGE_MIB = 512
 MAKE = {
     "ext4": ["mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0"],
     "xfs": ["mkfs.xfs", "-q", "-f"],
@@ -73,7 +73,7 @@ class Mounter:
         image = self._folder / f"{name}.image"
         self._stack.callback(image.unlink, missing_ok=True)
         with image.open("wb") as file:  # written, so that the file below has no blocks to find later
-            for _ in range(IMAGE_MIB[kind]):
+            for _ in range(IMAGE_MIB):
                 file.write(bytes(MIB))
         _run(*MAKE[kind], image)
         return self._mount(name, "-t", kind, "-o", "loop", image)
@@ -81,7 +81,7 @@ class Mounter:
     def mount(self, kind: str) -> Path:
         """A new file system of this kind; where it is mounted. CannotMountError."""
         if kind == "tmpfs":
-            return self._mount(kind, "-t", "tmpfs", "-o", "size=512m", "tmpfs")
+            return self._mount(kind, "-t", "tmpfs", "-o", f"size={IMAGE_MIB}m", "tmpfs")
         if kind == "overlayfs":  # over an ext4 of its own
             base = self._image("ext4", "overlay-base")
             layers = {f"{layer}dir": base / layer for layer in ("lower", "upper", "work")}
