@@ -12,6 +12,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from operator import countOf
 from types import TracebackType
 from typing import Any, Self
 
@@ -41,6 +42,8 @@ __all__ = ["Journal", "JournalStats"]
 
 log = logging.getLogger("mmapwal")
 Progress = Callable[[int, int], None]
+_U64 = "L" if array("L").itemsize == 8 else "Q"  # "L" is made of ints in two thirds of the time
+_LENGTHS = ffi.typeof("uint64_t[]")
 
 
 def _choice(name: str, value: Any, low: int, high: int, multiple: int = 1) -> None:
@@ -229,9 +232,9 @@ class Journal:
             self._engine.check_usable()
             start = int(self._state().next_op) if first_op is None else _check_op(first_op, "first_op")
             return range(start, start)
-        if set(map(type, parts)) != {bytes}:
+        if countOf(map(type, parts), bytes) != len(parts):
             parts = [p if type(p) is bytes else self._bytes(p) for p in parts]
-        lengths = array("Q", map(len, parts))
+        lengths = array(_U64, map(len, parts))
         joined = b"".join(parts)
         total = len(joined) + (fmt.FRAME_BYTES + 7) * len(parts)  # at most
         if len(joined) > self._max_payload_bytes or total > self._max_batch_bytes:
@@ -247,7 +250,7 @@ class Journal:
         first = 0 if first_op is None else _check_op(first_op, "first_op")
         timestamp = 0 if self._clock is None else self._clock()
         args = (
-            self._writer, joined, ffi.from_buffer("uint64_t[]", lengths), column, len(parts), first, kind,
+            self._writer, joined, ffi.from_buffer(_LENGTHS, lengths), column, len(parts), first, kind,
             timestamp, self._flags,
         )  # fmt: skip
         try:
