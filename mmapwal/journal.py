@@ -11,6 +11,7 @@ import weakref
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from operator import countOf
 from types import TracebackType
 from typing import Any, Self
 
@@ -38,6 +39,8 @@ __all__ = ["Journal", "JournalStats"]
 
 log = logging.getLogger("mmapwal")
 Progress = Callable[[int, int], None]
+_U64 = "L" if array("L").itemsize == 8 else "Q"  # "L" is made of ints in two thirds of the time
+_LENGTHS = ffi.typeof("uint64_t[]")
 
 
 def _choice(name: str, value: Any, low: int, high: int, multiple: int = 1) -> None:
@@ -68,9 +71,10 @@ class Journal(Reading):
     bounds the live entries, `segment_bytes` (16 MiB) is the size of a segment file, and
     `commit_align_bytes` (0, 512 or 4096) keeps commits from sharing a sector: the three are fixed when
     the journal is made, and IncompatibleFormatError tells when others are asked for later.
-    `sync_interval_ms` syncs in the background, for Durability.OS and BUFFERED. `clock` gives
-    timestamps in nanoseconds. `progress` (done, total, in bytes) is told during a long recovery.
-    `storage` is where the files live; None: the real ones below `path`.
+    `sync_interval_ms` syncs in the background, for Durability.OS and BUFFERED; a failure poisons like any
+    other, a full disk is tried again. `clock` gives timestamps in nanoseconds. `progress` (done, total, in
+    bytes) is told during a long recovery. `storage` is where the files live; None: the real ones below
+    `path`; one that allows no background threads (in memory) cannot have `sync_interval_ms`.
 
     Raises LockedError (another writer has it), CorruptionError (acknowledged data is damaged; nothing
     was changed), IncompatibleFormatError, JournalError (the directory holds something else),
@@ -109,6 +113,9 @@ class Journal(Reading):
         _choice("max_payload_bytes", max_payload_bytes, 0, fmt.PAYLOAD_BYTES_MAX)
         if sync_interval_ms is not None and not sync_interval_ms > 0:
             raise ValueError(f"sync_interval_ms is above 0; not {sync_interval_ms}")
+        syncs = sync_interval_ms is not None and durability is not Durability.SYNC
+        if syncs and storage is not None and not storage.concurrent:
+            raise ValueError(f"{storage} allows no background thread: no sync_interval_ms there")
         directory = storage if storage is not None else SystemDirectory(path, create=create)
         self.path = directory.path if isinstance(directory, SystemDirectory) else None
         self.directory = directory
@@ -130,12 +137,12 @@ class Journal(Reading):
         self._native_append = lib.mw_append
         self._append_next = lib.mw_append_next
         self._writer = engine.writer
-        self._finalizer = weakref.finalize(self, _abandoned, engine, self._reader)
-        self._finalizer.atexit = False
-        engine.start_preparing()
         self._syncing: threading.Thread | None = None
         self._stop_syncing = threading.Event()
-        if sync_interval_ms is not None and durability is not Durability.SYNC:
+        self._finalizer = weakref.finalize(self, _abandoned, engine, self._reader, self._stop_syncing)
+        self._finalizer.atexit = False
+        engine.start_preparing()
+        if sync_interval_ms is not None and syncs:
             self._syncing = threading.Thread(
                 target=_sync_often, args=(engine, sync_interval_ms / 1000, self._stop_syncing),
                 name="mmapwal-sync", daemon=True,
@@ -254,7 +261,7 @@ class Journal(Reading):
                 raise out_of_range(e, kinds, None) from None
         timestamp = 0 if self._clock is None else self._clock()
         args = (
-            self._writer, joined, ffi.from_buffer("uint64_t[]", lengths), column, count, first, kind,
+            self._writer, joined, ffi.from_buffer(_LENGTHS, lengths), column, count, first, kind,
             timestamp, self._flags,
         )  # fmt: skip
         try:
@@ -268,9 +275,9 @@ class Journal(Reading):
     def _join(self, payloads: Iterable[Buffer]) -> tuple[bytes, array[int], int]:
         """A batch in one piece, the length of each, and what its frames take at most."""
         parts: list[Any] = list(payloads)
-        if set(map(type, parts)) != {bytes}:
+        if countOf(map(type, parts), bytes) != len(parts):
             parts = [p if type(p) is bytes else self._bytes(p) for p in parts]
-        lengths = array("Q", map(len, parts))
+        lengths = array(_U64, map(len, parts))
         joined = b"".join(parts)
         total = len(joined) + (fmt.FRAME_BYTES + 7) * len(parts)
         if len(joined) > self._max_payload_bytes or total > self._max_batch_bytes:
@@ -480,19 +487,25 @@ def out_of_range(error: Exception, kind: Any, timestamp: Any) -> Exception:
     return ValueError(f"kind is 0 .. {fmt.KIND_MAX}, timestamp 64 bits; not {kind} and {timestamp}")
 
 
-def _abandoned(engine: Engine, reader: Reader) -> None:
-    if not engine.forked:
+def _abandoned(engine: Engine, reader: Reader, stop_syncing: threading.Event) -> None:
+    if engine.forked:
+        return
+    stop_syncing.set()
+    if threading.current_thread().name.startswith("mmapwal-"):
+        # The garbage collector ran within a commit of this thread: it cannot wait here for its end.
+        threading.Thread(target=engine.abandon, name="mmapwal-abandon", daemon=True).start()
+    else:
         engine.abandon()
-        if reader.closed is None:  # close() was not even begun
-            warnings.warn(f"journal {engine.directory} was not closed", ResourceWarning, stacklevel=2)
+    if reader.closed is None:  # close() was not even begun
+        warnings.warn(f"journal {engine.directory} was not closed", ResourceWarning, stacklevel=2)
 
 
 def _sync_often(engine: Engine, interval_s: float, stop: threading.Event) -> None:
-    """sync_interval_ms: a failure poisons like any other; full disks are tried again."""
+    """sync_interval_ms: a failure poisons like any other; what is no failure of the disk is tried again."""
     while not stop.wait(interval_s):
         try:
             engine.sync()
         except (PoisonedError, ClosedError):
             return
-        except (OSError, JournalError) as e:
-            log.info("a background sync failed: %s", e)
+        except (OSError, JournalError, MemoryError) as e:
+            log.warning("a background sync has to be tried again: %s", e)

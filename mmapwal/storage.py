@@ -33,6 +33,9 @@ __all__ = [
 ]
 
 
+EXT4, XFS, TMPFS = 0xEF53, 0x58465342, 0x01021994  # statfs(2)
+
+
 class SyncMethod(Enum):
     """How a commit becomes durable."""
 
@@ -251,6 +254,9 @@ class MappedStorage(_SystemFile):
     def shared(self) -> memoryview:
         view = super().shared()
         if self._shared is not None and self._file.method == lib.MW_MSYNC:
+            if self._file.map == ffi.NULL and lib.mw_fs_type(self._file.fd) == TMPFS:
+                # No page fault at a first store. Elsewhere that would make pages dirty for nothing.
+                lib.mw_populate(self._shared.address, self._shared.length, True)
             self._file.map = self._shared.address
             self._file.bytes = self._shared.length
         return view
@@ -427,10 +433,15 @@ class SystemDirectory:
         self._lock_fd, self._lock_key = fd, key
 
     def best_sync_method(self) -> SyncMethod:
-        """RWF_DSYNC where a write into written space changes no metadata; elsewhere write and sync
-        apart, so that a full disk is told from a failed sync."""
-        ext, xfs = 0xEF53, 0x58465342
-        return SyncMethod.DSYNC if lib.mw_fs_type(self._fd) in {ext, xfs} else SyncMethod.FDATASYNC
+        """RWF_DSYNC where a write into written space changes no metadata. On tmpfs a store: its pages are
+        there once they were written, and nothing is durable anyway, so all that a system call does there
+        is to take time. Elsewhere write and sync apart, so that a full disk is told from a failed sync."""
+        kind = lib.mw_fs_type(self._fd)
+        if kind in {EXT4, XFS}:
+            return SyncMethod.DSYNC
+        if kind == TMPFS and self._storage is MappedStorage:
+            return SyncMethod.MSYNC
+        return SyncMethod.FDATASYNC
 
     def free_bytes(self) -> int | None:
         info = os.fstatvfs(self._fd)

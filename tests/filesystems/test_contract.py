@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from mmapwal import Durability, Journal, RecoveryRow, SyncMethod, SystemDirectory, recover
+from mmapwal import Durability, FileStorage, Journal, RecoveryRow, SyncMethod, SystemDirectory, recover
 
 from .conftest import Filesystem
 
@@ -196,12 +196,15 @@ def test_a_state_machine_recovers_from_its_snapshot_and_what_came_after(
 # --- what is particular to one kind ---------------------------------------------------------------------
 
 
-def test_the_automatic_method_is_the_fast_one_only_where_a_write_changes_no_metadata(
+def test_the_automatic_method_is_the_fastest_that_tells_a_full_disk_from_a_failed_sync(
     filesystem: Filesystem, place: Path
 ) -> None:
+    """A store into a mapping only where the pages that were written cannot be missing: tmpfs."""
+    fast = {"ext4": SyncMethod.DSYNC, "xfs": SyncMethod.DSYNC, "tmpfs": SyncMethod.MSYNC}
     with SystemDirectory(place) as directory:
-        fast = directory.best_sync_method() is SyncMethod.DSYNC
-    assert fast == (filesystem.kind in {"ext4", "xfs"})
+        assert directory.best_sync_method() is fast.get(filesystem.kind, SyncMethod.FDATASYNC)
+    with SystemDirectory(place, storage=FileStorage) as directory:
+        assert directory.best_sync_method() is not SyncMethod.MSYNC
 
 
 def test_segments_on_btrfs_are_not_copied_on_write(make_filesystem: Callable[[str], Filesystem]) -> None:
