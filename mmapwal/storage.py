@@ -19,6 +19,7 @@ from typing import Any, Protocol, Self, runtime_checkable
 from typing_extensions import Buffer
 
 from mmapwal._native import ffi, lib
+from mmapwal.discard import discard
 from mmapwal.errors import LockedError
 
 __all__ = [
@@ -79,6 +80,22 @@ class Storage(Protocol):
         """Gives the descriptor back. Views stay right. Twice is fine."""
 
     def __len__(self) -> int: ...
+
+
+class StorageExtras(Protocol):
+    """What a storage may offer beside; who has none of it is not asked."""
+
+    def start_writeback(self, offset: int, length: int) -> None:
+        """A hint: these bytes may go to the device from now on, so that the next sync has less to wait
+        for. Does not wait, makes nothing durable, raises nothing: the sync tells."""
+
+
+class DirectoryExtras(Protocol):
+    """What a directory may offer beside; who has none of it is not asked."""
+
+    def discard(self, name: str) -> None:
+        """As unlink(), but takes its time: the blocks go in small steps, so that others on the device
+        do not wait for all of them. Views of the file stay right."""
 
 
 @runtime_checkable
@@ -205,6 +222,10 @@ class _SystemFile:
             _check(lib.mw_map_sync(self._shared.address, self._shared.length), self._name)
         _check(lib.mw_file_sync(self._file), self._name)
 
+    def start_writeback(self, offset: int, length: int) -> None:
+        """StorageExtras.start_writeback()"""
+        lib.mw_fd_start_writeback(self._file.fd, offset, length)
+
     def _outgrew(self, mapping: Mapping) -> bool:
         """Whether the file is longer than its mapping; views of that keep it."""
         return self._file.fd >= 0 and mapping.length < len(self)
@@ -234,7 +255,7 @@ class MappedStorage(_SystemFile):
         self._mapping: Mapping | None = None
         if sync_method is SyncMethod.MSYNC:
             self.shared()
-        elif sync_method is SyncMethod.DSYNC and path is not None and not _has_rwf_dsync(fd):
+        elif sync_method is SyncMethod.DSYNC and path is not None and lib.mw_has_rwf_dsync(fd) != 1:
             self._file.dsync_fd = _check(
                 lib.mw_open(-100, os.fsencode(path), os.O_WRONLY | os.O_DSYNC, 0), name
             )
@@ -264,11 +285,6 @@ class MappedStorage(_SystemFile):
             self._io.sync = ffi.addressof(lib, "mw_file_sync")
             self._io.ctx = self._file
         return self._io
-
-
-def _has_rwf_dsync(fd: int) -> bool:
-    """Whether pwritev2 takes RWF_DSYNC here; writing nothing asks without doing anything."""
-    return int(lib.mw_has_rwf_dsync(fd)) == 1
 
 
 class FileStorage(_SystemFile):
@@ -390,6 +406,10 @@ class SystemDirectory:
 
     def unlink(self, name: str) -> None:
         os.unlink(name, dir_fd=self._fd)
+
+    def discard(self, name: str) -> None:
+        """DirectoryExtras.discard()"""
+        discard(self._fd, name)
 
     def sync(self) -> None:
         _check(lib.mw_fd_sync(self._fd), str(self.path))

@@ -67,7 +67,7 @@ def test_segments_with_nothing_live_go(home: Home) -> None:
     journal = filled(home)
     before = segments(home)
     journal.set_snapshot_op(26)
-    assert journal.compact() == 2 * SMALL["segment_bytes"]
+    assert journal.compact(wait=True) == 2 * SMALL["segment_bytes"]
     assert segments(home) == before[2:]
     assert not set(before[:2]) & set(home.directory().names())
     for found in every_end(home, journal):
@@ -80,7 +80,7 @@ def test_live_entries_among_dead_ones_stay_where_they_are_and_gaps_lie_between(h
     lsns = {e: h.lsn for e in kept if (h := journal.header(e)) is not None}
     before = segments(home)
     thin_out(journal, kept)
-    freed = journal.compact()
+    freed = journal.compact(wait=True)
     assert freed == 22 * fmt.frame_bytes(880)
     after = superblock_of(home.directory()).segments
     renewed = [r for r in after if r.generation == 1]
@@ -98,13 +98,13 @@ def test_live_entries_among_dead_ones_stay_where_they_are_and_gaps_lie_between(h
 def test_compacting_twice_gains_nothing(home: Home) -> None:
     journal = filled(home)
     thin_out(journal, {3, 4, 9, 17, 36, 40})
-    assert journal.compact() > 0
+    assert journal.compact(wait=True) > 0
     before = bytes_of(home.directory())
-    assert journal.compact() == 0
+    assert journal.compact(wait=True) == 0
     assert bytes_of(home.directory()) == before
     journal.drain(9, 9)  # a little more is dead: a gap grows
-    assert journal.compact() == fmt.frame_bytes(880)
-    assert journal.compact() == 0
+    assert journal.compact(wait=True) == fmt.frame_bytes(880)
+    assert journal.compact(wait=True) == 0
     for found in every_end(home, journal):
         assert contents_of(found) == entries({3, 4, 17, 36, 40})
 
@@ -131,7 +131,7 @@ def test_segments_that_are_mostly_live_are_left_as_they_are(home: Home) -> None:
     journal = filled(home)
     thin_out(journal, set(range(1, 41)) - {2, 15})
     before = bytes_of(home.directory())
-    assert journal.compact() == 0
+    assert journal.compact(wait=True) == 0
     after = bytes_of(home.directory())
     assert {n: d for n, d in after.items() if n.startswith("segment")} == {
         n: d for n, d in before.items() if n.startswith("segment")
@@ -221,7 +221,7 @@ def test_the_bytes_that_are_freed_are_gone_from_the_disk(home: Home) -> None:
     settle(journal)
     before = used()
     thin_out(journal, {5, 6, 80, 140})
-    freed = journal.compact()
+    freed = journal.compact(wait=True)
     assert before - used() >= freed * 0.8 - 4 * 4096
 
 
