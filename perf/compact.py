@@ -1,8 +1,7 @@
 """How long compact() takes to drop a GiB of dead segments, and how long an append waits meanwhile.
 
-A thread appends durably all the time. In turns it is alone, or the other thread compacts: the longest
-append of the one is held against the p99 of the other. The files go in the background after compact()
-has returned; the rows until they are gone are apart.
+A thread appends durably all the time: a second alone, then while the other thread compacts, then until
+the files are gone, which compact() leaves to the background. Each round has a journal of its own.
 """
 
 from __future__ import annotations
@@ -67,7 +66,8 @@ class Appender:
         """Milliseconds of the appends that were under way between two moments."""
         calls = np.array(self._calls, np.int64)
         under_way = (calls[:, 0] < end_ns) & (calls[:, 0] + calls[:, 1] > start_ns)
-        return calls[under_way, 1] / 1e6
+        milliseconds: NDArray[np.float64] = calls[under_way, 1] / 1e6
+        return milliseconds
 
 
 def fill(path: Path, slots: int, dead_bytes: int) -> int:
