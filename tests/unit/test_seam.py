@@ -45,8 +45,9 @@ def bracketed(function):
                 os.access("/seam-end", 0)
     return call
 
-CALLS = {n for p in (Storage, Directory) for n, f in vars(p).items() if callable(f)}
-CALLS -= {"__init__", "__str__", "__subclasshook__", "__init_subclass__", "__class_getitem__"}
+PROTOCOLS = (Storage, Directory, seam.StorageExtras, seam.DirectoryExtras)
+CALLS = {n for p in PROTOCOLS for n, f in vars(p).items() if callable(f)}
+CALLS -= {"__init__", "__str__", "_no_init_or_replace_init", "__subclasshook__", "__init_subclass__", "__class_getitem__"}
 """
 
 # The journal on its own files: the C helper commits by itself, and counts.
