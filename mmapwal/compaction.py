@@ -115,7 +115,7 @@ def _commit(
         lowest = min((r.base_lsn for r in segments if r.id >= (clean_below_id or 0)), default=0)
         new = replace(new, removals=tuple(r for r in new.removals if r.below_lsn > lowest))
         engine.change(new, lambda: None)
-    engine.dispose([r.name for r in present if r.id in gone or r.id in renewed])
+        engine.dispose([r.name for r in present if r.id in gone or r.id in renewed])
 
 
 def _runs(segment: Segment, end_lsn: int, live: Live) -> Iterator[Any]:
