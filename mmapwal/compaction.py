@@ -7,7 +7,7 @@ hole behind it. All of it commits by one superblock. Appends and reads go on.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -199,8 +199,13 @@ def _renew(engine: Engine, segment: Segment, live: Live, frames: int) -> tuple[S
     if gained == 0:
         return None, 0
     new = replace(record, generation=record.generation + 1, end_lsn=end_lsn)
-    make_segment(engine.directory, engine.superblock.uuid, new, contents, sparse=True)
+    source = engine.directory.open(record.name)
     try:
+        make_segment(engine.directory, engine.superblock.uuid, new, contents, sparse=True, source=source)
+    finally:
+        with suppress(OSError):
+            source.close()
+    try:  # what is on the copy is checked, however it came there
         check = _scan(engine, Segment(engine.directory, engine.superblock.uuid, new))
         if int(check.lsn) != end_lsn or int(check.entry_count) != frames:
             raise CorruptionError(new.name, 0, record.base_lsn, None, "the copy is not what was copied")

@@ -106,10 +106,19 @@ class NewSegment:
         self._storage.truncate(self._length)
         self._end = self._length
 
-    def write(self, contents: Iterable[tuple[int, Any]]) -> None:
-        """(offset, bytes) each."""
+    def write(self, contents: Iterable[tuple[int, Any]], source: Storage | None = None) -> None:
+        """(offset, bytes) each. With a source, memoryviews among them are what that has at this place."""
+        copy_from = getattr(self._storage, "copy_from", None)
         for offset, data in contents:
-            self._storage.write_at(offset, data)
+            start, end = offset + -offset % fmt.PAGE_BYTES, offset + len(data)
+            end -= end % fmt.PAGE_BYTES
+            if source is None or copy_from is None or type(data) is bytes or start >= end:
+                self._storage.write_at(offset, data)
+                continue
+            end = start + copy_from(source, start, end - start)
+            for at, rest in ((offset, data[: start - offset]), (end, data[end - offset :])):
+                if len(rest) > 0:
+                    self._storage.write_at(at, rest)
 
     def sync(self) -> None:
         """Blocks; what was written is durable, its name is not."""
@@ -135,18 +144,18 @@ class NewSegment:
 
 def make_segment(
     directory: Directory, uuid: bytes, record: SegmentRecord, contents: Iterable[tuple[int, Any]] = (), *,
-    sparse: bool = False,
+    sparse: bool = False, source: Storage | None = None,
 ) -> None:  # fmt: skip
     """Makes the file under its name, durable at return: header, zeros to the end, then `contents`
-    (offset, bytes). `sparse` leaves holes instead of zeros. Blocks. OSError: nothing exists under the
-    name, or nothing that a superblock names."""
+    (offset, bytes). `sparse` leaves holes instead of zeros; memoryviews are also what `source` has at the
+    same place. Blocks. OSError: nothing exists under the name, or nothing that a superblock names."""
     making = NewSegment(directory, uuid, record)
     try:
         if sparse:
             making.leave_holes()
         while making.left_bytes > 0:
             making.write_zeros()
-        making.write(contents)
+        making.write(contents, source)
         making.publish()
     except BaseException:
         making.discard()

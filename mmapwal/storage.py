@@ -19,8 +19,8 @@ from typing import Any, Protocol, Self, runtime_checkable
 from typing_extensions import Buffer
 
 from mmapwal._native import ffi, lib
-from mmapwal.discard import discard
 from mmapwal.errors import LockedError
+from mmapwal.extras import copy_blocks, discard
 
 __all__ = [
     "Directory",
@@ -32,6 +32,11 @@ __all__ = [
     "SyncMethod",
     "SystemDirectory",
 ]
+
+
+EXT, XFS, BTRFS = 0xEF53, 0x58465342, 0x9123683E
+SHARES_BLOCKS = {XFS, BTRFS}  # elsewhere a copy in the kernel was no faster than a write
+LEASES_SEE_MAPPINGS = {EXT, XFS, BTRFS}  # overlayfs maps another file than the one that was opened
 
 
 class SyncMethod(Enum):
@@ -80,22 +85,6 @@ class Storage(Protocol):
         """Gives the descriptor back. Views stay right. Twice is fine."""
 
     def __len__(self) -> int: ...
-
-
-class StorageExtras(Protocol):
-    """What a storage may offer beside; who has none of it is not asked."""
-
-    def start_writeback(self, offset: int, length: int) -> None:
-        """A hint: these bytes may go to the device from now on, so that the next sync has less to wait
-        for. Does not wait, makes nothing durable, raises nothing: the sync tells."""
-
-
-class DirectoryExtras(Protocol):
-    """What a directory may offer beside; who has none of it is not asked."""
-
-    def discard(self, name: str) -> None:
-        """As unlink(), but takes its time: the blocks go in small steps, so that others on the device
-        do not wait for all of them. Views of the file stay right."""
 
 
 @runtime_checkable
@@ -276,6 +265,12 @@ class MappedStorage(_SystemFile):
             self._file.bytes = self._shared.length
         return view
 
+    def copy_from(self, source: Storage, offset: int, length: int) -> int:
+        """StorageExtras.copy_from()"""
+        if not isinstance(source, _SystemFile) or lib.mw_fs_type(self._file.fd) not in SHARES_BLOCKS:
+            return 0
+        return copy_blocks(source._file.fd, self._file.fd, offset, length)
+
     def native_io(self) -> Any:
         """The table through which the committer writes without going back to Python."""
         if self._io is None:
@@ -409,7 +404,7 @@ class SystemDirectory:
 
     def discard(self, name: str) -> None:
         """DirectoryExtras.discard()"""
-        discard(self._fd, name)
+        discard(self._fd, name, in_steps=lib.mw_fs_type(self._fd) in LEASES_SEE_MAPPINGS)
 
     def sync(self) -> None:
         _check(lib.mw_fd_sync(self._fd), str(self.path))
@@ -449,8 +444,7 @@ class SystemDirectory:
     def best_sync_method(self) -> SyncMethod:
         """RWF_DSYNC where a write into written space changes no metadata; elsewhere write and sync
         apart, so that a full disk is told from a failed sync."""
-        ext, xfs = 0xEF53, 0x58465342
-        return SyncMethod.DSYNC if lib.mw_fs_type(self._fd) in {ext, xfs} else SyncMethod.FDATASYNC
+        return SyncMethod.DSYNC if lib.mw_fs_type(self._fd) in {EXT, XFS} else SyncMethod.FDATASYNC
 
     def free_bytes(self) -> int | None:
         info = os.fstatvfs(self._fd)

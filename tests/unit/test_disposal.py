@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from mmapwal import MemoryDirectory, discard
+from mmapwal import MemoryDirectory, extras
 from mmapwal.disposal import Disposal
 from mmapwal.storage import SystemDirectory
 
 WAIT_S = 60.0
-BYTES = 5 * discard.STEP_BYTES + 1000
+BYTES = 5 * extras.STEP_BYTES + 1000
 
 
 class Removing(MemoryDirectory):
@@ -146,7 +146,7 @@ def test_a_long_file_is_freed_from_its_end_in_steps(directory: SystemDirectory, 
     make(directory)
     directory.discard("f")
     assert directory.names() == []
-    assert cuts == [n * discard.STEP_BYTES for n in (5, 4, 3, 2, 1, 0)]
+    assert cuts == [n * extras.STEP_BYTES for n in (5, 4, 3, 2, 1, 0)]
 
 
 def test_a_view_keeps_its_file_whole(directory: SystemDirectory, cuts: list[int]) -> None:
@@ -195,3 +195,23 @@ def test_what_is_not_there_is_told_and_a_link_goes_without_its_target(
     directory.discard("link")
     assert directory.names() == ["f"]
     assert cuts == []
+
+
+def test_blocks_are_copied_whole_or_not_at_all(
+    directory: SystemDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the kernel cuts short within a block is not counted; what it refuses is left to a write."""
+    results: list[int | OSError] = [4096, 3000, OSError(errno.EXDEV, "another device")]
+
+    def copy_file_range(*_: int) -> int:
+        result = results.pop(0)
+        if isinstance(result, OSError):
+            raise result
+        return result
+
+    monkeypatch.setattr(os, "copy_file_range", copy_file_range)
+    assert extras.copy_blocks(0, 0, 8192, 16384) == 4096
+    results[:] = [OSError(errno.EOPNOTSUPP, "not here")]
+    assert extras.copy_blocks(0, 0, 8192, 16384) == 0
+    results[:] = [8192, 0]
+    assert extras.copy_blocks(0, 0, 8192, 16384) == 8192
