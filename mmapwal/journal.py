@@ -356,11 +356,15 @@ class Journal(Reading):
         other errors as set_snapshot_op()."""
         return removal.truncate_from(self._engine, check_op(op))
 
-    def compact(self) -> int:
+    def compact(self, *, wait: bool = False) -> int:
         """Gives back the space of what is not live; bytes freed. Blocks for the disk; appends and reads
-        go on. The segment that is being written keeps its size. BusyError, OSError (nothing happened),
-        PoisonedError."""
-        return compaction.compact(self._engine)
+        go on. The segment that is being written keeps its size.
+
+        At return the journal is durably without them; the files themselves go in the background, gently,
+        since freeing blocks can hold up every sync on the device. `wait` returns when they are gone;
+        close(), and an append that finds no space, wait for that too. BusyError, OSError (nothing
+        happened), PoisonedError."""
+        return compaction.compact(self._engine, wait=wait)
 
     def pair_snapshot(self, op: int, checksum: int) -> None:
         """Records that the snapshot of this op and checksum is the journal's, and moves the watermark to

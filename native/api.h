@@ -148,6 +148,7 @@ int mw_has_rwf_dsync(int fd);
 int64_t mw_file_read(struct mw_file *file, uint64_t offset, void *data, uint64_t bytes);
 int mw_file_zero(struct mw_file *file, uint64_t offset, uint64_t bytes);
 int mw_fd_sync(int fd);
+int mw_fd_start_writeback(int fd, uint64_t offset, uint64_t bytes);
 int mw_fd_datasync(int fd);
 int mw_map(int fd, uint64_t bytes, int writable, void **address);
 void mw_unmap(void *address, uint64_t bytes);

@@ -163,6 +163,12 @@ int mw_fd_datasync(int fd) {
     return rc != 0 ? -errno : 0;
 }
 
+/* Has the kernel begin to write a range, and returns: nothing is durable by it, and it takes no note of
+ * an error away from the sync that has to tell. Not SYNC_FILE_RANGE_WAIT_*: those would. */
+int mw_fd_start_writeback(int fd, uint64_t offset, uint64_t bytes) {
+    return sync_file_range(fd, (off_t)offset, (off_t)bytes, SYNC_FILE_RANGE_WRITE) != 0 ? -errno : 0;
+}
+
 int mw_map(int fd, uint64_t bytes, int writable, void **address) {
     int protection = writable ? PROT_READ | PROT_WRITE : PROT_READ;
     void *at = mmap(NULL, bytes, protection, MAP_SHARED, fd, 0);

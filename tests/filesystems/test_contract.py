@@ -12,7 +12,16 @@ from typing import Any
 
 import pytest
 
-from mmapwal import Durability, FileStorage, Journal, RecoveryRow, SyncMethod, SystemDirectory, recover
+from mmapwal import (
+    Durability,
+    FileStorage,
+    Journal,
+    RecoveryRow,
+    SyncMethod,
+    SystemDirectory,
+    recover,
+    storage,
+)
 
 from .conftest import Filesystem
 
@@ -145,6 +154,30 @@ def test_a_rewritten_segment_keeps_what_lives_and_gives_the_rest_back(
         assert contents(journal) == living | expected(range(401, 411))
     on_disk = sum(f.stat().st_blocks * 512 for f in (place / "j").glob("segment-*"))
     assert on_disk < 401 * 700
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs"])
+def test_live_runs_share_their_blocks_where_the_file_system_can(
+    make_filesystem: Callable[[str], Filesystem], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared: list[int] = []
+    copy = storage.copy_blocks
+
+    def copy_blocks(*args: int) -> int:
+        shared.append(copy(*args))
+        return shared[-1]
+
+    monkeypatch.setattr(storage, "copy_blocks", copy_blocks)
+    with Journal(make_filesystem(kind).path / "j", **SIZES) as journal:
+        append(journal, 400)
+        journal.drain(20, 80)
+        journal.drain(110, 170)
+        journal.compact()
+        living = expected(range(1, 20), range(81, 110), range(171, 401))
+        assert contents(journal) == living
+        assert journal.verify().ok
+        assert sum(shared) >= 8192 if kind != "ext4" else shared == []
+        assert all(count % 4096 == 0 for count in shared)
 
 
 def test_what_was_truncated_never_comes_back(place: Path, method: SyncMethod) -> None:
