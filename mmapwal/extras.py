@@ -9,6 +9,9 @@ from typing import Any, Protocol
 
 __all__ = ["DirectoryExtras", "StorageExtras", "copy_blocks", "discard"]
 
+EXT, XFS, BTRFS, TMPFS = 0xEF53, 0x58465342, 0x9123683E, 0x01021994  # statfs(2)
+SHARES_BLOCKS = {XFS, BTRFS}  # elsewhere a copy in the kernel was no faster than a write
+LEASES_SEE_MAPPINGS = {EXT, XFS, BTRFS}  # overlayfs maps another file than the one that was opened
 BLOCK_BYTES = 4096
 STEP_BYTES = 1 << 20
 

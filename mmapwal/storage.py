@@ -20,7 +20,7 @@ from typing_extensions import Buffer
 
 from mmapwal._native import ffi, lib
 from mmapwal.errors import LockedError
-from mmapwal.extras import copy_blocks, discard
+from mmapwal.extras import EXT, LEASES_SEE_MAPPINGS, SHARES_BLOCKS, TMPFS, XFS, copy_blocks, discard
 
 __all__ = [
     "Directory",
@@ -32,11 +32,6 @@ __all__ = [
     "SyncMethod",
     "SystemDirectory",
 ]
-
-
-EXT, XFS, BTRFS, TMPFS = 0xEF53, 0x58465342, 0x9123683E, 0x01021994  # statfs(2)
-SHARES_BLOCKS = {XFS, BTRFS}  # elsewhere a copy in the kernel was no faster than a write
-LEASES_SEE_MAPPINGS = {EXT, XFS, BTRFS}  # overlayfs maps another file than the one that was opened
 
 
 class SyncMethod(Enum):
