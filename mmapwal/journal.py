@@ -204,6 +204,8 @@ class Journal:
                 done = self._append_next(self._writer, payload, length, kind)
                 if done > 0:
                     return done  # type: ignore[no-any-return]
+                args: tuple[Any, ...] = (self._writer, payload, length, kind)
+                return self._append_again(done, self._append_next, args, fmt.frame_bytes(length), 0)
         data = payload if type(payload) is bytes else self._bytes(payload)
         length = len(data)
         if length > self._max_payload_bytes:
