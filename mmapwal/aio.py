@@ -10,8 +10,9 @@ import os
 import weakref
 from array import array
 from asyncio import InvalidStateError
+from asyncio import _get_running_loop as _running_loop  # None where none runs, instead of an error
 from collections import deque
-from collections.abc import Awaitable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -21,7 +22,14 @@ from typing_extensions import Buffer
 from mmapwal import format as fmt
 from mmapwal._native import ffi, lib
 from mmapwal.engine import Engine
-from mmapwal.errors import BusyError, ClosedError, PayloadTooLargeError
+from mmapwal.errors import (
+    BusyError,
+    ClosedError,
+    ForkedError,
+    JournalError,
+    PayloadTooLargeError,
+    PoisonedError,
+)
 from mmapwal.journal import Journal, check_kind, check_op, out_of_range
 from mmapwal.opening import Durability
 
@@ -73,8 +81,9 @@ class AsyncJournal:
             deque()
         )  # staged: one for each ticket, its result
         self._backlog: deque[_Request] = deque()  # what waits its turn
-        self._unblocking: asyncio.Future[None] | None = None  # what the first of them needs is under way
-        self._telling: set[asyncio.Future[None]] = set()  # failures that are about to be told
+        self._unblocking = False  # what the first of them needs is under way
+        self._telling = 0  # failures that are about to be told
+        self._lost = False  # which outcome is whose
         self._outcomes = ffi.new("struct mw_outcome[]", lib.MW_OUTCOMES)
         self._taken = 0  # tickets that have their outcome
         self._unkicked = 0
@@ -114,16 +123,20 @@ class AsyncJournal:
         if (
             op is None and len(self._pending) < self._room and not self._backlog
             and type(payload) is bytes and len(payload) <= self._max_payload_bytes
-            and type(kind) is int and 0 <= kind <= fmt.KIND_MAX
+            and type(kind) is int and 0 <= kind <= fmt.KIND_MAX and _running_loop() is self._loop
         ):  # fmt: skip  # the common case, short
-            done = self._submit_next(self._writer, payload, len(payload), kind)
-            if done > 0:
-                future: asyncio.Future[int] = asyncio.Future(loop=self._loop)
-                self._pending.append((future, done))
-                self._unkicked = unkicked = self._unkicked + 1
-                if unkicked in _NOTABLE:
-                    self._staged()
-                return future
+            try:
+                done = self._submit_next(self._writer, payload, len(payload), kind)
+                if done > 0:
+                    future: asyncio.Future[int] = asyncio.Future(loop=self._loop)
+                    self._pending.append((future, done))
+                    self._unkicked = unkicked = self._unkicked + 1
+                    if unkicked in _NOTABLE:
+                        self._staged()
+                    return future
+            except BaseException:
+                self._lose_count()
+                raise
         data = payload if type(payload) is bytes else self.journal._bytes(payload)
         if len(data) > self._max_payload_bytes:
             raise PayloadTooLargeError(f"{len(data)} bytes; max_payload_bytes is {self._max_payload_bytes}")
@@ -139,6 +152,7 @@ class AsyncJournal:
         if lengths:
             return self._request(joined, lengths, total, first_op, kind, one=False)
         loop = self._start()
+        self._engine.check_usable()
         first = int(self._engine.state().next_op) if first_op is None else check_op(first_op, "first_op")
         future: asyncio.Future[range] = loop.create_future()
         future.set_result(range(first, first))
@@ -171,23 +185,32 @@ class AsyncJournal:
 
     async def close(self) -> None:
         """Waits for the outcome of every append, then ends the committer. The journal stays open. Appends
-        that begin after the call get ClosedError. Twice is fine; so is one after one that was cancelled."""
+        that begin after the call get ClosedError. Twice is fine; so is one after one that was cancelled, and
+        one when the loop is closed, which can be told nothing any more."""
+        loop = self._loop
+        if loop is not None and not loop.is_closed() and loop is not _running_loop():
+            raise RuntimeError("the AsyncJournal belongs to another event loop")
         self._closing = True
         self._room = 0
-        if self._loop is None or self._engine.forked:
+        if loop is None or self._engine.forked:
+            return
+        if loop.is_closed():
+            self._finalizer()
             return
         while self.pending or self._telling:
             self._settled.clear()
             self._turn()
             await self._settled.wait()
         if self._finalizer.alive:
-            self._loop.remove_reader(self._event_fd)
+            loop.remove_reader(self._event_fd)
             self._finalizer()
 
     # --- the loop ---------------------------------------------------------------------------------
 
     def _start(self) -> asyncio.AbstractEventLoop:
         """The loop, that of the first use."""
+        if self._engine.forked:
+            raise ForkedError("the writer belongs to the parent process")
         loop = asyncio.get_running_loop()
         if self._closing:
             raise ClosedError("the AsyncJournal is closed")
@@ -195,17 +218,20 @@ class AsyncJournal:
             if self._loop is not loop:
                 raise RuntimeError("the AsyncJournal belongs to another event loop")
             return loop
-        event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        code = lib.mw_committer_start(self._writer, event_fd, not self._inline)
-        if code != 0:
-            os.close(event_fd)
+        self._settled = asyncio.Event()
+        event_fd = self._event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        try:
+            loop.add_reader(event_fd, self._woken)
+            code = lib.mw_committer_start(self._writer, event_fd, not self._inline)
             if code == -errno.EBUSY:
                 raise BusyError("the journal has another AsyncJournal")
-            raise self._engine.error(code)
-        self._event_fd = event_fd
+            if code != 0:
+                raise self._engine.error(code)
+        except BaseException:
+            loop.remove_reader(event_fd)
+            os.close(event_fd)
+            raise
         self._finalizer = weakref.finalize(self, _stop, self._engine, self._writer, event_fd)
-        self._settled = asyncio.Event()
-        loop.add_reader(event_fd, self._woken)
         self._loop = loop
         if not self._certain and self._clock is None:
             self._room = self._max_pending
@@ -229,56 +255,102 @@ class AsyncJournal:
         """Has what is staged committed."""
         if self._unkicked == 0:
             return
+        try:
+            if self._inline:
+                lib.mw_committer_lead(self._writer)  # whatever it says, the outcomes say
+            else:
+                lib.mw_committer_kick(self._writer)
+        except BaseException:  # of a signal handler
+            self._running.call_soon(self._turn)
+            raise
         self._unkicked = 0
         if self._inline:
-            lib.mw_committer_lead(self._writer)  # whatever it says, the outcomes say
             self._take()
-        else:
-            lib.mw_committer_kick(self._writer)
 
     def _take(self) -> None:
         """Tells those whose outcome is known."""
         before = self._taken
         pending = self._pending
         rows = self._outcomes
-        for i in range(max(0, lib.mw_outcomes(self._writer, rows))):
-            ticket, result = rows[i].ticket, rows[i].result
-            count, self._taken = ticket - self._taken, ticket
-            if result == 0:
-                for _ in range(count):
-                    future, value = pending.popleft()
-                    try:  # noqa: SIM105  # suppress() costs more than all the rest
-                        future.set_result(value)
-                    except InvalidStateError:  # cancelled: written all the same
-                        pass
-            else:
-                self._fail([pending.popleft() for _ in range(count)], result)
+        try:
+            for i in range(max(0, lib.mw_outcomes(self._writer, rows))):
+                ticket, result = rows[i].ticket, rows[i].result
+                count, self._taken = ticket - self._taken, ticket
+                if self._lost:
+                    continue
+                if result == 0:
+                    for _ in range(count):
+                        future, value = pending.popleft()
+                        try:  # noqa: SIM105  # suppress() costs more than all the rest
+                            future.set_result(value)
+                        except InvalidStateError:  # cancelled: written all the same
+                            pass
+                else:
+                    self._fail([pending.popleft() for _ in range(count)], result)
+        except BaseException:
+            self._lose_count()
+            raise
         self._alone = self._taken - before == 1 and not pending
         self._refill()
+        self._settle()
+
+    def _settle(self) -> None:
         if self._closing and not (self.pending or self._telling):
             self._settled.set()
+
+    def _lose_count(self) -> None:
+        """An exception out of nowhere (of a signal handler, or no memory) where tickets are counted: whose an
+        outcome is cannot be said any more, so nobody is told a success that may be another's."""
+        self._lost = self._closing = True
+        self._room = 0
+        futures = [future for future, _ in self._pending] + [request.future for request in self._backlog]
+        self._pending.clear()
+        self._backlog.clear()
+        for future in futures:
+            _tell_error(
+                future, JournalError("the loop was interrupted: the outcome of this append is unknown")
+            )
+        self._settle()
 
     def _fail(self, failed: list[tuple[asyncio.Future[Any], Any]], code: int) -> None:
         """Tells the error of a commit, each his own. After a clean failure what was written shall not come
         back, which takes a write of its own."""
-
-        def tell(done: Any = None) -> None:
-            self._telling.discard(done)
-            for future, value in failed:
-                op = value if isinstance(value, int) else value.start
-                _tell_error(future, self._engine.error(code, op))
-            if self._closing and not (self.pending or self._telling):
-                self._settled.set()
-
+        self._telling += 1
         if code <= lib.MW_E_DUPLICATE:
-            tell()
-        elif self._inline:
-            self._engine.pay_epoch()
-            tell()
+            self._tell_failure(failed, code, None)
         else:
-            paying = self._running.run_in_executor(None, self._engine.pay_epoch)
-            self._telling.add(paying)
-            paying.add_done_callback(tell)
+            self._aside(self._engine.pay_epoch, partial(self._tell_failure, failed, code))
+
+    def _tell_failure(
+        self, failed: list[tuple[asyncio.Future[Any], Any]], code: int, error: BaseException | None
+    ) -> None:
+        self._telling -= 1
+        if isinstance(error, PoisonedError):  # so what was written may come back after all
+            code = lib.MW_E_POISONED
+        for future, value in failed:
+            op = value if isinstance(value, int) else value.start
+            _tell_error(future, self._engine.error(code, op))
+        self._settle()
+
+    def _aside(self, work: Callable[[], None], then: Callable[[BaseException | None], None]) -> None:
+        """Does what blocks off the loop, unless `inline`, and `then` tells how it ended."""
+
+        def ended(done: asyncio.Future[None]) -> None:
+            then(asyncio.CancelledError() if done.cancelled() else done.exception())
+
+        if not self._inline:
+            with contextlib.suppress(RuntimeError):  # the loop is about to be closed, and its threads ended
+                self._running.run_in_executor(None, work).add_done_callback(ended)
+                return
+        error: BaseException | None = None
+        try:
+            work()
+        except Exception as e:  # noqa: BLE001  # told
+            error = e
+        except BaseException as e:
+            then(e)
+            raise
+        then(error)
 
     # --- what waits its turn ----------------------------------------------------------------------
 
@@ -291,21 +363,25 @@ class AsyncJournal:
     def _refill(self) -> None:
         """Stages what waits, in order, as far as there is room and nothing is in the way."""
         backlog = self._backlog
-        while backlog and self._unblocking is None and len(self._pending) < self._max_pending:
+        while backlog and not self._unblocking and len(self._pending) < self._max_pending:
             request = backlog[0]
             if request.future.done():  # cancelled before it was staged: not made
                 backlog.popleft()
                 continue
             try:
                 done = lib.mw_submit_many(self._writer, *request.args)
+                if done > 0:
+                    backlog.popleft()
+                    self._accept(request, done)
+                    continue
             except (OverflowError, TypeError) as e:  # of the clock
                 backlog.popleft()
                 _tell_error(request.future, out_of_range(e, request.args[-3], request.args[-2]))
                 continue
-            if done > 0:
-                backlog.popleft()
-                self._accept(request, done)
-            elif done == -errno.EAGAIN:  # outcomes wait, so this comes again with them
+            except BaseException:
+                self._lose_count()
+                raise
+            if done == -errno.EAGAIN:  # outcomes wait, so this comes again with them
                 self._running.call_soon(self._take)
                 return
             else:
@@ -330,14 +406,16 @@ class AsyncJournal:
             except Exception as e:  # noqa: BLE001  # told to who awaits
                 self._backlog.popleft()
                 _tell_error(request.future, e)
+            except BaseException:
+                self._lose_count()
+                raise
         else:
-            self._unblocking = self._running.run_in_executor(None, work)
-            self._unblocking.add_done_callback(partial(self._way_made, request))
+            self._unblocking = True
+            self._aside(work, partial(self._way_made, request))
 
-    def _way_made(self, request: _Request, done: asyncio.Future[None]) -> None:
-        self._unblocking = None
-        error = asyncio.CancelledError() if done.cancelled() else done.exception()
-        if error is not None:
+    def _way_made(self, request: _Request, error: BaseException | None) -> None:
+        self._unblocking = False
+        if error is not None and self._backlog and self._backlog[0] is request:
             self._backlog.popleft()
             _tell_error(request.future, error)
         self._take()

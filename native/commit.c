@@ -164,8 +164,8 @@ static int commit_flight(struct mw_writer *w) {
     struct group *g = w->flight;
     uint32_t done = 0;
     int rc = 0;
-    while (rc == 0 && done < g->part_count) {
-        rc = commit_part(w, g, &g->parts[done]);
+    while (rc == 0 && done < g->part_count) { /* poisoned from outside meanwhile: nothing more is written */
+        if ((rc = check_sound(w)) == 0) rc = commit_part(w, g, &g->parts[done]);
         if (rc == 0) done++;
     }
     if (rc == 0) {

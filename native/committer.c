@@ -80,6 +80,7 @@ int mw_committer_lead(struct mw_writer *w) {
     if (w->forked) return MW_E_FORKED;
     pthread_mutex_lock(&w->mutex);
     w->taking = true;
+    while (w->leading && has_tickets(w)) pthread_cond_wait(&w->idle, &w->mutex); /* who leads may commit ours */
     int rc = has_tickets(w) ? flush_staged(w) : 0;
     w->taking = false;
     pthread_mutex_unlock(&w->mutex);
@@ -89,7 +90,7 @@ int mw_committer_lead(struct mw_writer *w) {
 /* The next leader, when nobody waits who could lead. */
 void pass_to_committer(struct mw_writer *w) {
     if (!has_tickets(w)) w->kicked = false;
-    if (w->kicked || !w->committer_running) pthread_cond_signal(&w->kick);
+    if (w->kicked) pthread_cond_signal(&w->kick);
 }
 
 static bool shall_commit(const struct mw_writer *w) {
@@ -100,8 +101,8 @@ static void *run(void *arg) {
     struct mw_writer *w = arg;
     pthread_mutex_lock(&w->mutex);
     while (w->committer_running || shall_commit(w)) {
-        if (w->leading || !shall_commit(w)) {
-            pthread_cond_wait(&w->kick, &w->mutex);
+        if (w->leading || !shall_commit(w)) { /* at the end whoever leads may commit the last, unkicked */
+            pthread_cond_wait(w->committer_running ? &w->kick : &w->idle, &w->mutex);
         } else {
             w->kicked = false;
             w->leading = true;
@@ -115,9 +116,11 @@ static void *run(void *arg) {
 }
 
 static int start_thread(struct mw_writer *w) {
-    sigset_t all, before; /* signals are for the interpreter's threads */
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
+    sigset_t others, before; /* signals are for the interpreter's threads, but a fault is of who makes it */
+    static const int faults[] = {SIGBUS, SIGSEGV, SIGFPE, SIGILL};
+    sigfillset(&others);
+    for (size_t i = 0; i < sizeof faults / sizeof *faults; i++) sigdelset(&others, faults[i]);
+    pthread_sigmask(SIG_SETMASK, &others, &before);
     w->committer_running = true;
     int rc = pthread_create(&w->committer, NULL, run, w);
     if (rc != 0) w->committer_running = false;
@@ -131,7 +134,7 @@ int mw_committer_start(struct mw_writer *w, int event_fd, int threaded) {
     if (w->forked) return MW_E_FORKED;
     pthread_mutex_lock(&w->mutex);
     int rc = check_usable(w);
-    if (rc == 0 && (w->event_fd >= 0 || has_tickets(w))) rc = -EBUSY;
+    if (rc == 0 && (w->event_fd >= 0 || w->committer_ending || has_tickets(w))) rc = -EBUSY;
     if (rc == 0 && threaded) rc = start_thread(w);
     if (rc == 0) {
         w->event_fd = event_fd;
@@ -148,10 +151,16 @@ int mw_committer_stop(struct mw_writer *w) {
     pthread_mutex_lock(&w->mutex);
     bool running = w->committer_running;
     w->committer_running = false;
+    w->committer_ending |= running; /* until then nobody starts another, whom the join would be for */
     w->event_fd = -1;
     w->kicked = has_tickets(w);
     pthread_cond_signal(&w->kick);
     pthread_mutex_unlock(&w->mutex);
-    if (running) pthread_join(w->committer, NULL);
+    if (running) {
+        pthread_join(w->committer, NULL);
+        pthread_mutex_lock(&w->mutex);
+        w->committer_ending = false;
+        pthread_mutex_unlock(&w->mutex);
+    }
     return 0;
 }

@@ -72,7 +72,7 @@ struct mw_writer {
     /* committer.c */
     pthread_t committer;
     pthread_cond_t kick;       /* what was submitted shall be committed, and nobody leads */
-    bool committer_running, kicked;
+    bool committer_running, committer_ending, kicked;
     bool taking;               /* the outcomes are about to be taken: no need to tell */
     int event_fd;              /* or -1 */
     uint64_t staged_ticket, completed_ticket;
