@@ -77,9 +77,7 @@ class AsyncJournal:
         self._inline = inline or not journal.directory.concurrent
         self._certain = journal.durability is Durability.BUFFERED  # as soon as it is staged
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._pending: deque[tuple[asyncio.Future[Any], Any]] = (
-            deque()
-        )  # staged: one for each ticket, its result
+        self._pending: deque[tuple[asyncio.Future[Any], Any]] = deque()  # staged, with what it will give
         self._backlog: deque[_Request] = deque()  # what waits its turn
         self._unblocking = False  # what the first of them needs is under way
         self._telling = 0  # failures that are about to be told

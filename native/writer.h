@@ -39,6 +39,7 @@ struct group {
     uint32_t part_count, waiter_count;
     struct waiter *waiters;
     uint32_t turn;             /* changes when its waiters are told, or one shall lead */
+    uint32_t sleeping;         /* how many may sleep on it, at most: none was woken since */
 };
 
 struct mw_writer {

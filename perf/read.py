@@ -7,6 +7,7 @@ figures stand beside calibration loops of the same interpreter, so that a slow m
 
 from __future__ import annotations
 
+import importlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -16,7 +17,6 @@ from itertools import count as counting
 from pathlib import Path
 from typing import Any
 
-import lmdb
 import numpy as np
 from common import (
     MIB,
@@ -80,6 +80,7 @@ class Lmdb:
     """The same payloads under the same ops, read in one long transaction, without copies."""
 
     def __init__(self, path: Path, entries: int) -> None:
+        lmdb = importlib.import_module("lmdb")
         self._env = lmdb.open(str(path), map_size=4 << 30, sync=False, subdir=False)
         with self._env.begin(write=True) as txn:
             for first in range(1, entries + 1, 1000):
@@ -92,7 +93,7 @@ class Lmdb:
         """As time_reads(); the keys are made before the clock starts."""
         return time_reads(self._txn.get, [op.to_bytes(8, "big") for op in ops])
 
-    def cursor(self) -> Iterable[object]:
+    def cursor(self) -> Any:
         return self._txn.cursor()
 
     def close(self) -> None:
