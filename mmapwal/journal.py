@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import struct
 import threading
 import time
 import warnings
 import weakref
-from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from operator import countOf
@@ -39,8 +39,6 @@ __all__ = ["Journal", "JournalStats"]
 
 log = logging.getLogger("mmapwal")
 Progress = Callable[[int, int], None]
-_U64 = "L" if array("L").itemsize == 8 else "Q"  # "L" is made of ints in two thirds of the time
-_LENGTHS = ffi.typeof("uint64_t[]")
 
 
 def _choice(name: str, value: Any, low: int, high: int, multiple: int = 1) -> None:
@@ -244,8 +242,7 @@ class Journal(Reading):
         `kinds` one each. A batch with its frames is bounded by what one payload may take, or a segment:
         PayloadTooLargeError says by how much. Else as append().
         """
-        joined, lengths, total = self._join(payloads)
-        count = len(lengths)
+        joined, lengths, count, total = self._join(payloads)
         first = 0 if first_op is None else check_op(first_op, "first_op")
         if not count:
             self._engine.check_usable()
@@ -261,8 +258,7 @@ class Journal(Reading):
                 raise out_of_range(e, kinds, None) from None
         timestamp = 0 if self._clock is None else self._clock()
         args = (
-            self._writer, joined, ffi.from_buffer(_LENGTHS, lengths), column, count, first, kind,
-            timestamp, self._flags,
+            self._writer, joined, lengths, column, count, first, kind, timestamp, self._flags,
         )  # fmt: skip
         try:
             done = lib.mw_append_many(*args)
@@ -272,19 +268,20 @@ class Journal(Reading):
             done = self._append_again(done, lib.mw_append_many, args, total, first)
         return range(done, done + count)
 
-    def _join(self, payloads: Iterable[Buffer]) -> tuple[bytes, array[int], int]:
-        """A batch in one piece, the length of each, and what its frames take at most."""
+    def _join(self, payloads: Iterable[Buffer]) -> tuple[bytes, bytes, int, int]:
+        """A batch in one piece, the packed length of each, how many, and what their frames take at most."""
         parts: list[Any] = list(payloads)
         if countOf(map(type, parts), bytes) != len(parts):
             parts = [p if type(p) is bytes else self._bytes(p) for p in parts]
-        lengths = array(_U64, map(len, parts))
+        count = len(parts)
+        lengths = struct.pack(f"{count}Q", *map(len, parts))  # half the time of an array
         joined = b"".join(parts)
-        total = len(joined) + (fmt.FRAME_BYTES + 7) * len(parts)
+        total = len(joined) + (fmt.FRAME_BYTES + 7) * count
         if len(joined) > self._max_payload_bytes or total > self._max_batch_bytes:
-            total = self._check_batch(lengths)
-        return joined, lengths, total
+            total = self._check_batch([len(p) for p in parts])
+        return joined, lengths, count, total
 
-    def _check_batch(self, lengths: array[int]) -> int:
+    def _check_batch(self, lengths: list[int]) -> int:
         """What the batch takes; PayloadTooLargeError."""
         longest = max(lengths)
         if longest > self._max_payload_bytes:

@@ -352,7 +352,8 @@ void mw_writer_free(struct mw_writer *w);
 int64_t mw_append(struct mw_writer *w, const char *data, uint64_t bytes, int64_t op, int32_t kind,
                   int64_t timestamp_ns, uint32_t flags);
 int64_t mw_append_next(struct mw_writer *w, const char *data, uint64_t bytes, int32_t kind);
-int64_t mw_append_many(struct mw_writer *w, const char *data, const uint64_t *lengths,
+/* `lengths`: `count` packed uint64_t, whose sum `data` holds. */
+int64_t mw_append_many(struct mw_writer *w, const char *data, const void *lengths,
                        const uint16_t *kinds, uint64_t count, int64_t first_op, int32_t kind,
                        int64_t timestamp_ns, uint32_t flags);
 int mw_sync(struct mw_writer *w, uint32_t flags);
@@ -378,7 +379,7 @@ enum { MW_OUTCOMES = 8 };
 struct mw_outcome { uint64_t ticket; int32_t result; uint32_t reserved; }; /* of all up to it, from the one before on */
 
 int64_t mw_submit_next(struct mw_writer *w, const char *data, uint64_t bytes, int32_t kind);
-int64_t mw_submit_many(struct mw_writer *w, const char *data, const uint64_t *lengths, uint64_t count,
+int64_t mw_submit_many(struct mw_writer *w, const char *data, const void *lengths, uint64_t count,
                        int64_t first_op, int32_t kind, int64_t timestamp_ns, uint32_t flags);
 int mw_outcomes(struct mw_writer *w, struct mw_outcome *out);
 int mw_committer_kick(struct mw_writer *w);

@@ -89,7 +89,7 @@ static inline struct mw_target *target_at(struct mw_writer *w, uint64_t number) 
 
 int check_usable(const struct mw_writer *w);
 int check_sound(const struct mw_writer *w);
-int64_t stage(struct mw_writer *w, const char *data, const uint64_t *lengths, const uint16_t *kinds,
+int64_t stage(struct mw_writer *w, const char *data, const void *lengths, const uint16_t *kinds,
               uint64_t count, int64_t op, int32_t kind, int64_t timestamp_ns, uint32_t flags);
 int stage_end(struct mw_writer *w);
 void align_stage(struct mw_writer *w);

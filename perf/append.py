@@ -7,6 +7,7 @@ nothing is subtracted. Buffered: nanoseconds a call against a direct cffi call o
 
 from __future__ import annotations
 
+import struct
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -172,19 +173,19 @@ class DirectWriter:
         return ffi.gc(writer, lib.mw_writer_free)
 
     def time_append(self, payload: bytes, count: int) -> float:
-        """Nanoseconds a call of mw_append, in a bare loop that looks at each result."""
-        append, writer, size, now = lib.mw_append, self._writer, len(payload), lib.MW_NOW
+        """Nanoseconds a call of mw_append_next, in a bare loop that looks at each result."""
+        append, writer, size = lib.mw_append_next, self._writer, len(payload)
         start = time.perf_counter_ns()
         for _ in range(count):
-            if append(writer, payload, size, 0, 0, 0, now) < 0:
-                raise OSError("mw_append")
+            if append(writer, payload, size, 0) < 0:
+                raise OSError("mw_append_next")
         return (time.perf_counter_ns() - start) / count
 
     def append_many(self, payloads: Sequence[bytes]) -> None:
-        """One join, one array of lengths, one call."""
-        lengths = ffi.new("uint64_t[]", [len(p) for p in payloads])
-        joined = b"".join(payloads)
+        """The lengths packed, the payloads joined, one call."""
         count = len(payloads)
+        lengths = struct.pack(f"{count}Q", *map(len, payloads))
+        joined = b"".join(payloads)
         if lib.mw_append_many(self._writer, joined, lengths, ffi.NULL, count, 0, 0, 0, lib.MW_NOW) < 0:
             raise OSError("mw_append_many")
 
