@@ -5,6 +5,7 @@
 #include "mmapwal.h"
 
 #define GROUP 8u /* frames that are looked at together */
+#define KEPT 1024u /* entries of a batch that are kept until it is whole */
 
 /* The next frames as their lengths say, nothing believed yet: copies of their headers, and what their
  * checksums have to be. Many short checksums one by one would wait for each other's results. */
@@ -89,42 +90,61 @@ static int check_frame(struct mw_scan *s, const struct group *g) {
     return 0;
 }
 
-static int insert(struct mw_scan *s, const struct mw_frame *f) {
-    if (f->op <= s->watermark) return 0;
-    if (s->removal_count != 0 && mw_frame_hidden(s->removals, s->removal_count, f->op, f->lsn)) {
+/* The entries of a batch count when the batch is whole. Those before its last are kept here, so that they need
+ * not be read again; of a longer one the rest is. */
+struct batch {
+    struct mw_slot slots[KEPT];
+    uint64_t count, rest_lsn;   /* kept; where the others begin */
+};
+
+static struct mw_slot slot_of(const struct mw_frame *f) {
+    return (struct mw_slot){f->lsn, f->op, f->timestamp_ns, f->length, f->kind, 0};
+}
+
+static int insert(struct mw_scan *s, const struct mw_slot *new) {
+    if (new->op <= s->watermark) return 0;
+    if (s->removal_count != 0 && mw_frame_hidden(s->removals, s->removal_count, new->op, new->lsn)) {
         s->hidden_count++;
         return 0;
     }
     if (s->slots == NULL) return 0;
-    struct mw_slot *slot = &s->slots[f->op % s->slot_count];
-    if (slot->lsn != 0 && slot->op != f->op) return MW_STOP_CONFLICT;
-    if (f->op < s->first_op || s->first_op == 0) s->first_op = f->op;
-    if (f->op > s->last_op) s->last_op = f->op;
-    mw_slot_store(slot, f);
+    struct mw_slot *slot = &s->slots[new->op % s->slot_count];
+    if (slot->lsn != 0 && slot->op != new->op) {
+        s->op = new->op;
+        return MW_STOP_CONFLICT;
+    }
+    if (new->op < s->first_op || s->first_op == 0) s->first_op = new->op;
+    if (new->op > s->last_op) s->last_op = new->op;
+    *slot = *new; /* nobody else has them yet */
     return 0;
 }
 
-/* The entries of a batch count when the batch is whole: those before its last frame are taken here. */
-static int insert_batch(struct mw_scan *s, uint64_t to_lsn) {
-    for (uint64_t lsn = s->batch_lsn; lsn < to_lsn;) {
+static void keep(struct batch *b, const struct mw_frame *f) {
+    if (b->count == KEPT) return;
+    if (f->type == MW_ENTRY) b->slots[b->count++] = slot_of(f);
+    b->rest_lsn = f->lsn + mw_frame_bytes(f->length);
+}
+
+static int insert_batch(struct mw_scan *s, struct batch *b, uint64_t to_lsn) {
+    int stop = 0;
+    for (uint64_t i = 0; i < b->count && stop == 0; i++) stop = insert(s, &b->slots[i]);
+    for (uint64_t lsn = b->rest_lsn; lsn < to_lsn && stop == 0;) {
         struct mw_frame f;
         memcpy(&f, s->frames + (lsn - s->base_lsn), sizeof f);
-        if (f.type == MW_ENTRY) {
-            int stop = insert(s, &f);
-            if (stop != 0) {
-                s->op = f.op;
-                return stop;
-            }
-        }
+        struct mw_slot slot = slot_of(&f);
+        if (f.type == MW_ENTRY) stop = insert(s, &slot);
         lsn += mw_frame_bytes(f.length);
     }
-    return 0;
+    b->count = 0;
+    return stop;
 }
 
 static int scan(struct mw_scan *s) {
     uint64_t end = end_lsn(s);
     bool inserts = s->slots != NULL || s->removal_count != 0;
     struct group g = {.count = 0};
+    struct batch batch;
+    batch.count = 0;
     for (;; g.next++) {
         s->op = 0;
         if (s->lsn >= s->limit_lsn) return MW_STOP_LIMIT;
@@ -135,9 +155,12 @@ static int scan(struct mw_scan *s) {
         int stop = check_frame(s, &g);
         if (stop != 0) return stop;
         uint64_t next = s->lsn + mw_frame_bytes(f->length);
-        if (inserts && !(f->flags & MW_FLAG_MORE)) {
-            if (s->batch_lsn != s->lsn && (stop = insert_batch(s, s->lsn)) != 0) return stop;
-            if (f->type == MW_ENTRY && (stop = insert(s, f)) != 0) return stop;
+        if (inserts && (f->flags & MW_FLAG_MORE)) {
+            keep(&batch, f);
+        } else if (inserts) {
+            struct mw_slot slot = slot_of(f);
+            if (s->batch_lsn != s->lsn && (stop = insert_batch(s, &batch, s->lsn)) != 0) return stop;
+            if (f->type == MW_ENTRY && (stop = insert(s, &slot)) != 0) return stop;
         }
         if (f->type == MW_ENTRY) s->entry_count++;
         if (s->frame_count++ == 0) s->first_epoch = f->epoch;
