@@ -117,22 +117,27 @@ class SlotIndex:
     def fill(
         self, older: npt.NDArray[Any], newer: npt.NDArray[Any], threads: int = 1
     ) -> tuple[int, int, int]:
-        """Takes over slots that were rebuilt elsewhere, and returns their summary; those of `newer` win. The
-        same array twice: all of one. Most of the time goes into first stores to pages, which threads share.
+        """Takes over slots that were rebuilt elsewhere, and returns their summary; those of `newer` win, and
+        `older` is changed. The same array twice: all of one.
+
+        By a write: stores into the mapping would pay for a page fault in every page of it. OSError.
         """
-        older_slots, newer_slots = slot_pointer(older), slot_pointer(newer)
+        into = slot_pointer(older)
 
         def part(number: int) -> tuple[int, int, int]:
             first, end = (self.slot_count * n // threads for n in (number, number + 1))
             out = ffi.new("struct mw_summary *")
-            _check(lib.mw_slots_merge(self.slots, older_slots, newer_slots, first, end - first, out))
+            _check(lib.mw_slots_merge(into, into, slot_pointer(newer), first, end - first, out))
             return int(out.live), int(out.first_op), int(out.last_op)
 
         if threads == 1:
-            return part(0)
-        with ThreadPoolExecutor(threads) as pool:
-            live, first_ops, last_ops = zip(*pool.map(part, range(threads)), strict=True)
-        return sum(live), min((op for op in first_ops if op), default=0), max(last_ops)
+            summary = part(0)
+        else:
+            with ThreadPoolExecutor(threads) as pool:
+                live, first_ops, last_ops = zip(*pool.map(part, range(threads)), strict=True)
+            summary = sum(live), min((op for op in first_ops if op), default=0), max(last_ops)
+        self._storage.write_at(fmt.PAGE_BYTES, older.data)
+        return summary
 
     def copy(self) -> npt.NDArray[Any]:
         """The slots as they are, each one whole; the journal may go on meanwhile."""
