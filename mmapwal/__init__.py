@@ -8,6 +8,7 @@ space back.
 import logging
 
 from mmapwal.aio import AsyncJournal
+from mmapwal.columns import Columns, Header
 from mmapwal.errors import (
     BusyError,
     ClosedError,
@@ -31,7 +32,7 @@ from mmapwal.errors import (
 )
 from mmapwal.journal import Journal, JournalStats
 from mmapwal.opening import Durability
-from mmapwal.reader import Entry, Header
+from mmapwal.reader import Entry
 from mmapwal.recovery import RecoveryReport, RecoveryRow
 from mmapwal.replica import MuxStateMachine, Replica, SnapshotCoordinator, StateMachine, recover
 from mmapwal.snapshot import Snapshot, SnapshotStore
@@ -53,6 +54,7 @@ __all__ = [
     "AsyncJournal",
     "BusyError",
     "ClosedError",
+    "Columns",
     "CorruptionError",
     "Directory",
     "DuplicateOpError",

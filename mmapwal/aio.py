@@ -7,8 +7,8 @@ import asyncio
 import contextlib
 import errno
 import os
+import struct
 import weakref
-from array import array
 from asyncio import InvalidStateError
 from asyncio import _get_running_loop as _running_loop  # None where none runs, instead of an error
 from collections import deque
@@ -35,6 +35,7 @@ from mmapwal.opening import Durability
 
 __all__ = ["AsyncJournal"]
 
+_LENGTH = struct.Struct("Q")
 _NOTABLE = (1, 128)  # the first staged since the last commit, and enough for one
 
 
@@ -77,9 +78,7 @@ class AsyncJournal:
         self._inline = inline or not journal.directory.concurrent
         self._certain = journal.durability is Durability.BUFFERED  # as soon as it is staged
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._pending: deque[tuple[asyncio.Future[Any], Any]] = (
-            deque()
-        )  # staged: one for each ticket, its result
+        self._pending: deque[tuple[asyncio.Future[Any], Any]] = deque()  # staged, with what it will give
         self._backlog: deque[_Request] = deque()  # what waits its turn
         self._unblocking = False  # what the first of them needs is under way
         self._telling = 0  # failures that are about to be told
@@ -140,17 +139,16 @@ class AsyncJournal:
         data = payload if type(payload) is bytes else self.journal._bytes(payload)
         if len(data) > self._max_payload_bytes:
             raise PayloadTooLargeError(f"{len(data)} bytes; max_payload_bytes is {self._max_payload_bytes}")
-        lengths = array("Q", (len(data),))
-        return self._request(data, lengths, fmt.frame_bytes(len(data)), op, kind, one=True)
+        return self._request(data, _LENGTH.pack(len(data)), 0, fmt.frame_bytes(len(data)), op=op, kind=kind)
 
     def append_many(
         self, payloads: Iterable[Buffer], *, first_op: int | None = None, kind: int = 0
     ) -> Awaitable[range]:
         """Stages entries with consecutive ops as one batch, all or none; the awaitable gives their ops. An
         empty batch writes nothing. Else as append() and Journal.append_many()."""
-        joined, lengths, total = self.journal._join(payloads)
-        if lengths:
-            return self._request(joined, lengths, total, first_op, kind, one=False)
+        joined, lengths, count, total = self.journal._join(payloads)
+        if count:
+            return self._request(joined, lengths, count, total, op=first_op, kind=kind)
         loop = self._start()
         self._engine.check_usable()
         first = int(self._engine.state().next_op) if first_op is None else check_op(first_op, "first_op")
@@ -159,7 +157,7 @@ class AsyncJournal:
         return future
 
     def _request(
-        self, data: bytes, lengths: array[int], frame_bytes: int, op: int | None, kind: int, *, one: bool
+        self, data: bytes, lengths: bytes, batch: int, frame_bytes: int, *, op: int | None, kind: int
     ) -> asyncio.Future[Any]:
         """What is no common case goes by the queue, which is empty most of the time."""
         loop = self._start()
@@ -167,9 +165,9 @@ class AsyncJournal:
         check_kind(kind)
         timestamp = 0 if self._clock is None else self._clock()
         args = (
-            data, ffi.from_buffer("uint64_t[]", lengths), len(lengths), first, kind, timestamp, self._flags
+            data, lengths, batch or 1, first, kind, timestamp, self._flags
         )  # fmt: skip
-        request = _Request(loop.create_future(), args, 0 if one else len(lengths), frame_bytes, first)
+        request = _Request(loop.create_future(), args, batch, frame_bytes, first)
         self._backlog.append(request)
         self._refill()
         return request.future

@@ -7,7 +7,7 @@ hole behind it. All of it commits by one superblock. Appends and reads go on.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -34,10 +34,13 @@ def shrinking(engine: Engine) -> Iterator[None]:
         yield
 
 
-def compact(engine: Engine) -> int:
-    """Bytes given back."""
+def compact(engine: Engine, *, wait: bool = False) -> int:
+    """Bytes given back; `wait`: until the files are gone."""
     with shrinking(engine):
-        return compact_in_turn(engine)
+        freed = compact_in_turn(engine)
+        if wait:
+            engine.disposal.wait()
+        return freed
 
 
 class Live:
@@ -112,7 +115,7 @@ def _commit(
         lowest = min((r.base_lsn for r in segments if r.id >= (clean_below_id or 0)), default=0)
         new = replace(new, removals=tuple(r for r in new.removals if r.below_lsn > lowest))
         engine.change(new, lambda: None)
-    engine.remove_files([r.name for r in present if r.id in gone or r.id in renewed])
+        engine.dispose([r.name for r in present if r.id in gone or r.id in renewed])
 
 
 def _runs(segment: Segment, end_lsn: int, live: Live) -> Iterator[Any]:
@@ -196,8 +199,13 @@ def _renew(engine: Engine, segment: Segment, live: Live, frames: int) -> tuple[S
     if gained == 0:
         return None, 0
     new = replace(record, generation=record.generation + 1, end_lsn=end_lsn)
-    make_segment(engine.directory, engine.superblock.uuid, new, contents, sparse=True)
+    source = engine.directory.open(record.name)
     try:
+        make_segment(engine.directory, engine.superblock.uuid, new, contents, sparse=True, source=source)
+    finally:
+        with suppress(OSError):
+            source.close()
+    try:  # what is on the copy is checked, however it came there
         check = _scan(engine, Segment(engine.directory, engine.superblock.uuid, new))
         if int(check.lsn) != end_lsn or int(check.entry_count) != frames:
             raise CorruptionError(new.name, 0, record.base_lsn, None, "the copy is not what was copied")

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from mmapwal import format as fmt
 from mmapwal._native import ffi, lib
+from mmapwal.disposal import Disposal
 from mmapwal.errors import (
     BusyError,
     ClosedError,
@@ -27,8 +28,8 @@ from mmapwal.errors import (
     StaleOpError,
 )
 from mmapwal.opening import Durability, Opening, Options, check_empty
+from mmapwal.preparing import Preparer
 from mmapwal.recovery import Scanned
-from mmapwal.segment import make_segment
 from mmapwal.storage import Directory, SyncMethod
 from mmapwal.superblock import Seal, SegmentRecord, Superblock
 
@@ -103,10 +104,10 @@ class Engine:
         self.writer: Any = None
         self._poison: tuple[str, BaseException | None] | None = None
         self._poison_guard = threading.RLock()
-        self._closing = threading.Event()
         self._settled = False  # closed as far as the files go
         self.closed = False  # and all is let go
-        self._preparer: threading.Thread | None = None
+        self._preparer = Preparer(self)
+        self.disposal = Disposal(directory)
         if fmt.SUPERBLOCK_NAME not in directory.names():
             check_empty(directory, options)  # before a lock file is left where no journal may be
         _engines.add(self)  # also a fork during a long recovery must let go of the lock
@@ -124,23 +125,18 @@ class Engine:
     def start_preparing(self) -> None:
         """Segments are made ahead from now on, where the directory allows threads."""
         if self.directory.concurrent:
-            self._preparer = threading.Thread(
-                target=_prepare_ahead, args=(weakref.ref(self), self.writer, self._closing),
-                name="mmapwal-prepare", daemon=True,
-            )  # fmt: skip
-            self._preparer.start()
+            self._preparer.start(self.writer)
 
     def _open(self, opening: Opening) -> None:
         opening.run()
         self.report, self.sync_method = opening.report, opening.sync_method
         self._file, self.segments, self.index = opening.file, opening.segments, opening.index
-        self._start_writer(opening.found, opening.seal)
+        self._start_writer(opening.found, opening.summary)
         opening.remove_strangers()
         opening.watch.lap("writer")
 
-    def _start_writer(self, found: Scanned, seal: Seal | None) -> None:
+    def _start_writer(self, found: Scanned, summary: tuple[int, int, int]) -> None:
         superblock = self._file.current
-        summary = (seal.live, seal.first_op, seal.last_op) if seal is not None else self.index.summary()
         config = ffi.new(
             "struct mw_config *",
             {
@@ -161,9 +157,9 @@ class Engine:
         self.segments.unmap(found.tail_lsn)
         for record in superblock.segments:
             if record.next_base_lsn > found.tail_lsn:
-                self._add_target(record)
+                self.add_target(record)
 
-    def _add_target(self, record: SegmentRecord) -> None:
+    def add_target(self, record: SegmentRecord) -> None:
         segment = self.segments.by_id(record.id)
         if segment is None:
             raise JournalError(f"{record.name} is not open")
@@ -287,8 +283,20 @@ class Engine:
         return result
 
     def remove_files(self, names: Iterable[str]) -> list[str]:
-        """Unlinks what no superblock names (SuperblockFile.remove_files)."""
+        """Unlinks what no superblock names (SuperblockFile.remove_files), at once: the names may come
+        again."""
         return self._file.remove_files(names)
+
+    def dispose(self, names: Iterable[str]) -> None:
+        """The same in the background, for files that a superblock has named: their names never come
+        again. After the change that no longer names them."""
+        if not self._file.in_doubt:
+            self.disposal.add(names)
+
+    @property
+    def in_doubt(self) -> bool:
+        """Nobody knows which superblock is in force."""
+        return self._file.in_doubt
 
     def tail_reserve(self) -> int:
         """What stays free behind the last entry of a segment (stage.c's tail_reserve)."""
@@ -300,57 +308,7 @@ class Engine:
 
         OSError: there is no room; the journal is as it was.
         """
-        with self.structure:
-            self.check_usable()
-            if self.state().target_room == 0:
-                self.flush()
-            state, superblock = self.state(), self.superblock
-            need = need_bytes + self.tail_reserve() if need_bytes else 0
-            if need and state.stage_room >= need:
-                return
-            prepared = superblock.segments[-1] if state.targets else None
-            if prepared is not None and prepared.capacity >= need:
-                return
-            capacity = max(superblock.segment_bytes - fmt.PAGE_BYTES, need + -need % fmt.PAGE_BYTES)
-            base = prepared.base_lsn if prepared is not None else superblock.next_base_lsn
-            record = SegmentRecord(superblock.next_segment_id, base, capacity)
-            make_segment(self.directory, superblock.uuid, record)
-            self._name_segment(record, prepared)
-            self.segments.bound_mappings()
-
-    def _name_segment(self, record: SegmentRecord, prepared: SegmentRecord | None) -> None:
-        """Lets the superblock name a segment that was made, in the place of one too small if there is."""
-        dropped = False
-        try:
-            kept = [r for r in self.records_with_ends() if r != prepared]
-            new = replace(self.superblock, segments=(*kept, record), next_segment_id=record.id + 1)
-            if prepared is not None:
-                dropped = True  # before the call: an interrupt may come right behind it
-                if lib.mw_writer_drop_target(self.writer) != 0:  # it was begun meanwhile
-                    dropped = False
-                    self.remove_files([record.name])
-                    return
-            self.change(new, lambda: self._add_target(record))
-        except BaseException as e:
-            named = {r.name for r in self.superblock.segments}
-            if dropped and prepared is not None and prepared.name in named and not self._file.in_doubt:
-                self._put_back(prepared, e)
-            if record.name not in named:
-                self.remove_files([record.name])
-            raise
-        if prepared is not None:
-            self.remove_files([prepared.name])
-
-    def _put_back(self, prepared: SegmentRecord, reason: BaseException) -> None:
-        """The superblock still names it, so the writer must have it, or the next would leave a hole."""
-        state = self.state()
-        if state.targets or state.stage_id == prepared.id:
-            return  # it was not dropped after all
-        try:
-            self._add_target(prepared)
-        except BaseException:
-            self.poison("putting a prepared segment back", reason)
-            raise
+        self._preparer.prepare(self, need_bytes)
 
     def records_with_ends(self) -> list[SegmentRecord]:
         """The segments, with the ends that have become durable. Closes those that were left; under
@@ -461,7 +419,7 @@ class Engine:
             raise failure
 
     def _settle_files(self) -> Exception | None:
-        self._closing.set()
+        self._preparer.closing()
         lib.mw_writer_close(self.writer)
         try:
             if not self.state().poison_stage:
@@ -486,12 +444,12 @@ class Engine:
             log.warning("%s was closed without a seal, the next open will scan: %s", self.directory, e)
 
     def _let_go(self) -> None:
-        self._closing.set()
+        self._preparer.closing()
         if self.writer is not None:
             lib.mw_writer_close(self.writer)  # from here on it touches no file
             lib.mw_committer_stop(self.writer)
-        if self._preparer is not None and self._preparer is not threading.current_thread():
-            self._preparer.join()
+        self._preparer.stop()
+        self.disposal.wait()
         steps: list[Callable[[], None]] = []
         if hasattr(self, "segments"):
             steps += (s.stop_writing for s in self.segments.table.segments)
@@ -507,9 +465,10 @@ class Engine:
     def abandon(self) -> None:
         """Garbage collected without close(): nothing is synced, as after a kill."""
         if not self.forked and not self.closed and self.writer is not None:
-            self._closing.set()
+            self._preparer.closing()
             lib.mw_writer_close(self.writer)
             lib.mw_committer_stop(self.writer)
+            self.disposal.stop()
             self.directory.close()
 
     def in_child(self) -> None:
@@ -524,24 +483,6 @@ def _without_frames(stage: str, cause: BaseException | None) -> BaseException | 
     """The cause is kept as long as the journal, so without the frames that it came through."""
     log.error("the journal is poisoned by a failure in %s", stage, exc_info=cause)
     return cause.with_traceback(None) if cause is not None else None
-
-
-def _prepare_ahead(ref: weakref.ref[Engine], writer: Any, closing: threading.Event) -> None:
-    """Runs in the background: makes the next segment when the present one is half full."""
-    pause = 0.02
-    while lib.mw_writer_wait_wanted(writer) == 1 and not closing.is_set():
-        engine = ref()
-        if engine is None:
-            return
-        try:
-            engine.prepare_segment()
-            pause = 0.02
-        except (OSError, JournalError) as e:
-            # Whoever needs the segment tries again and gets the error.
-            log.info("preparing a segment failed: %s", e)
-            del engine
-            closing.wait(pause)
-            pause = min(pause * 2, 1.0)
 
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()

@@ -15,6 +15,7 @@ FORMAT_VERSION = 1
 PAGE_BYTES = 4096
 FRAME_BYTES = 56
 SLOT_BYTES = 32
+PAYLOAD_OFFSET = PAGE_BYTES + FRAME_BYTES  # of the first frame's payload, in a segment
 FIRST_LSN = 4096
 OP_MAX = 2**63 - 1
 KIND_MAX = 2**15 - 1

@@ -4,6 +4,7 @@ and rebuilt from them after an unclean close; its first page publishes how far t
 from __future__ import annotations
 
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -49,9 +50,10 @@ class SlotIndex:
         self.page = ffi.cast("struct mw_index_header *", ffi.from_buffer(whole))
         self.slots = ffi.cast("struct mw_slot *", ffi.cast("uint8_t *", self.page) + fmt.PAGE_BYTES)
         self.memory = whole[fmt.PAGE_BYTES :].toreadonly()
-        self.words = self.memory.cast("Q")  # the LSN of slot n is word 4 n
-        self.load = struct.Struct("<QQqIHH").unpack_from  # lsn, op, timestamp, length, kind, reserved
-        self.load_place = struct.Struct("<QQ8xI").unpack_from  # lsn, op, length
+        # A field of every slot, each loaded at once, for what Python reads one by one.
+        table: Any = np.frombuffer(self.memory, fmt.SLOT)
+        self.lsns, self.ops, self.lengths = (memoryview(table[n]) for n in ("lsn", "op", "length"))
+        self._load = struct.Struct("<QQqIH").unpack_from
 
     @classmethod
     def open(cls, directory: Directory, uuid: bytes, slot_count: int) -> SlotIndex | None:
@@ -112,10 +114,25 @@ class SlotIndex:
         _check(lib.mw_slots_summary(self.slots, self.slot_count, out))
         return int(out.live), int(out.first_op), int(out.last_op)
 
-    def fill(self, slots: npt.NDArray[Any]) -> None:
-        """Takes over slots that were rebuilt elsewhere."""
-        source = ffi.from_buffer(slots)
-        _check(lib.mw_copy_guarded(self.slots, source, self.slot_count * fmt.SLOT_BYTES))
+    def fill(
+        self, older: npt.NDArray[Any], newer: npt.NDArray[Any], threads: int = 1
+    ) -> tuple[int, int, int]:
+        """Takes over slots that were rebuilt elsewhere, and returns their summary; those of `newer` win. The
+        same array twice: all of one. Most of the time goes into first stores to pages, which threads share.
+        """
+        older_slots, newer_slots = slot_pointer(older), slot_pointer(newer)
+
+        def part(number: int) -> tuple[int, int, int]:
+            first, end = (self.slot_count * n // threads for n in (number, number + 1))
+            out = ffi.new("struct mw_summary *")
+            _check(lib.mw_slots_merge(self.slots, older_slots, newer_slots, first, end - first, out))
+            return int(out.live), int(out.first_op), int(out.last_op)
+
+        if threads == 1:
+            return part(0)
+        with ThreadPoolExecutor(threads) as pool:
+            live, first_ops, last_ops = zip(*pool.map(part, range(threads)), strict=True)
+        return sum(live), min((op for op in first_ops if op), default=0), max(last_ops)
 
     def copy(self) -> npt.NDArray[Any]:
         """The slots as they are, each one whole; the journal may go on meanwhile."""
@@ -136,6 +153,12 @@ class SlotIndex:
         _check(rc)
         return int(out.lsn), int(out.op), int(out.timestamp_ns), int(out.length), int(out.kind)
 
+    def peek(self, op: int) -> tuple[int, int, int, int, int] | None:
+        """lookup() without the call into C, for who looks at the slot's LSN a second time; OP_MAX may be
+        exceeded."""
+        slot: tuple[int, int, int, int, int] = self._load(self.memory, op % self.slot_count * fmt.SLOT_BYTES)
+        return slot if slot[1] == op and slot[0] else None
+
     def sync(self) -> None:
         self._storage.sync()
 
@@ -146,6 +169,11 @@ class SlotIndex:
 def rebuilt_slots(slot_count: int) -> npt.NDArray[Any]:
     """Empty slots in private memory, for a scan to fill."""
     return np.zeros(slot_count, fmt.SLOT)
+
+
+def slot_pointer(slots: npt.NDArray[Any]) -> Any:
+    """As C takes it; right as long as the array is."""
+    return ffi.cast("struct mw_slot *", ffi.from_buffer(slots))
 
 
 def conflict(name: str, offset: int, lsn: int, op: int) -> CorruptionError:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+import struct
 import threading
 import time
 import warnings
 import weakref
-from array import array
-from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from operator import countOf
 from types import TracebackType
 from typing import Any, Self
 
-import numpy.typing as npt
 from typing_extensions import Buffer
 
 from mmapwal import compaction, removal
@@ -25,12 +24,12 @@ from mmapwal.engine import Engine
 from mmapwal.errors import (
     ClosedError,
     JournalError,
-    MissingOpError,
     PayloadTooLargeError,
     PoisonedError,
 )
 from mmapwal.opening import Durability, Options
-from mmapwal.reader import DrainedEntries, Entry, Header, Reader
+from mmapwal.reader import DrainedEntries, Reader
+from mmapwal.reading import Reading
 from mmapwal.recovery import RecoveryReport
 from mmapwal.stats import JournalStats, take_stats
 from mmapwal.storage import Directory, SyncMethod, SystemDirectory
@@ -63,16 +62,17 @@ def check_kind(kind: Any) -> None:
         raise out_of_range(TypeError() if not isinstance(kind, int) else ValueError(), kind, 0)
 
 
-class Journal:
+class Journal(Reading):
     """A durable journal in a directory, with one writer.
 
     `path` is made if it is missing and `create`; the directory belongs to the journal. `slots` (65,536)
     bounds the live entries, `segment_bytes` (16 MiB) is the size of a segment file, and
     `commit_align_bytes` (0, 512 or 4096) keeps commits from sharing a sector: the three are fixed when
     the journal is made, and IncompatibleFormatError tells when others are asked for later.
-    `sync_interval_ms` syncs in the background, for Durability.OS and BUFFERED. `clock` gives
-    timestamps in nanoseconds. `progress` (done, total, in bytes) is told during a long recovery.
-    `storage` is where the files live; None: the real ones below `path`.
+    `sync_interval_ms` syncs in the background, for Durability.OS and BUFFERED; a failure poisons like any
+    other, a full disk is tried again. `clock` gives timestamps in nanoseconds. `progress` (done, total, in
+    bytes) is told during a long recovery. `storage` is where the files live; None: the real ones below
+    `path`; one that allows no background threads (in memory) cannot have `sync_interval_ms`.
 
     Raises LockedError (another writer has it), CorruptionError (acknowledged data is damaged; nothing
     was changed), IncompatibleFormatError, JournalError (the directory holds something else),
@@ -111,6 +111,9 @@ class Journal:
         _choice("max_payload_bytes", max_payload_bytes, 0, fmt.PAYLOAD_BYTES_MAX)
         if sync_interval_ms is not None and not sync_interval_ms > 0:
             raise ValueError(f"sync_interval_ms is above 0; not {sync_interval_ms}")
+        syncs = sync_interval_ms is not None and durability is not Durability.SYNC
+        if syncs and storage is not None and not storage.concurrent:
+            raise ValueError(f"{storage} allows no background thread: no sync_interval_ms there")
         directory = storage if storage is not None else SystemDirectory(path, create=create)
         self.path = directory.path if isinstance(directory, SystemDirectory) else None
         self.directory = directory
@@ -132,12 +135,12 @@ class Journal:
         self._native_append = lib.mw_append
         self._append_next = lib.mw_append_next
         self._writer = engine.writer
-        self._finalizer = weakref.finalize(self, _abandoned, engine, self._reader)
-        self._finalizer.atexit = False
-        engine.start_preparing()
         self._syncing: threading.Thread | None = None
         self._stop_syncing = threading.Event()
-        if sync_interval_ms is not None and durability is not Durability.SYNC:
+        self._finalizer = weakref.finalize(self, _abandoned, engine, self._reader, self._stop_syncing)
+        self._finalizer.atexit = False
+        engine.start_preparing()
+        if sync_interval_ms is not None and syncs:
             self._syncing = threading.Thread(
                 target=_sync_often, args=(engine, sync_interval_ms / 1000, self._stop_syncing),
                 name="mmapwal-sync", daemon=True,
@@ -239,8 +242,7 @@ class Journal:
         `kinds` one each. A batch with its frames is bounded by what one payload may take, or a segment:
         PayloadTooLargeError says by how much. Else as append().
         """
-        joined, lengths, total = self._join(payloads)
-        count = len(lengths)
+        joined, lengths, count, total = self._join(payloads)
         first = 0 if first_op is None else check_op(first_op, "first_op")
         if not count:
             self._engine.check_usable()
@@ -256,8 +258,7 @@ class Journal:
                 raise out_of_range(e, kinds, None) from None
         timestamp = 0 if self._clock is None else self._clock()
         args = (
-            self._writer, joined, ffi.from_buffer("uint64_t[]", lengths), column, count, first, kind,
-            timestamp, self._flags,
+            self._writer, joined, lengths, column, count, first, kind, timestamp, self._flags,
         )  # fmt: skip
         try:
             done = lib.mw_append_many(*args)
@@ -267,19 +268,20 @@ class Journal:
             done = self._append_again(done, lib.mw_append_many, args, total, first)
         return range(done, done + count)
 
-    def _join(self, payloads: Iterable[Buffer]) -> tuple[bytes, array[int], int]:
-        """A batch in one piece, the length of each, and what its frames take at most."""
+    def _join(self, payloads: Iterable[Buffer]) -> tuple[bytes, bytes, int, int]:
+        """A batch in one piece, the packed length of each, how many, and what their frames take at most."""
         parts: list[Any] = list(payloads)
-        if set(map(type, parts)) != {bytes}:
+        if countOf(map(type, parts), bytes) != len(parts):
             parts = [p if type(p) is bytes else self._bytes(p) for p in parts]
-        lengths = array("Q", map(len, parts))
+        count = len(parts)
+        lengths = struct.pack(f"{count}Q", *map(len, parts))  # half the time of an array
         joined = b"".join(parts)
-        total = len(joined) + (fmt.FRAME_BYTES + 7) * len(parts)
+        total = len(joined) + (fmt.FRAME_BYTES + 7) * count
         if len(joined) > self._max_payload_bytes or total > self._max_batch_bytes:
-            total = self._check_batch(lengths)
-        return joined, lengths, total
+            total = self._check_batch([len(p) for p in parts])
+        return joined, lengths, count, total
 
-    def _check_batch(self, lengths: array[int]) -> int:
+    def _check_batch(self, lengths: list[int]) -> int:
         """What the batch takes; PayloadTooLargeError."""
         longest = max(lengths)
         if longest > self._max_payload_bytes:
@@ -324,88 +326,6 @@ class Journal:
         """
         return self._engine.sync()
 
-    # --- reading ----------------------------------------------------------------------------------
-
-    def read(self, op: int) -> memoryview:
-        """The payload: a read-only slice of the mapping, no copy, right for as long as it is held.
-
-        MissingOpError when no live entry has the op; PoisonedError above the durable LSN of a poisoned
-        journal; CorruptionError with `verify_reads`; ClosedError. What the disk fails to bring while
-        the view is read kills by SIGBUS: copy() is the guarded way.
-        """
-        reader = self._reader
-        try:
-            slot = op % reader.slots
-            lsn, found, length = reader.load_place(reader.memory, slot * fmt.SLOT_BYTES)
-            if found == op and lsn < reader.plain_below_lsn:
-                table = reader.segments.table
-                lane = bisect_right(table.lane_lsns, lsn) - 1
-                view = table.lane_views[lane]
-                # The slot is its own sequence lock: unchanged, and so were the fields between. It is
-                # looked at after the table, so what it names cannot have been compacted away from it.
-                if view is not None and reader.words[slot * 4] == lsn:
-                    start = lsn - table.lane_shifts[lane]
-                    return view[start : start + length]
-        except TypeError:
-            raise MissingOpError(op) from None
-        view, start, end, _, _ = reader.locate(op)
-        return view[start:end]
-
-    def copy(self, op: int) -> bytes:
-        """The payload as bytes, its checksum checked, OSError where the disk fails. Else as read()."""
-        return self._reader.copy(op)
-
-    def get(self, op: int, default: Any = None) -> Entry | Any:
-        """The entry, or `default` when no live entry has the op."""
-        try:
-            return self[op]
-        except MissingOpError:
-            return default
-
-    def __getitem__(self, op: int) -> Entry:
-        """The entry; errors as read()."""
-        view, start, end, kind, timestamp = self._reader.locate(op)
-        return Entry(op, view[start:end], kind, timestamp)
-
-    def __contains__(self, op: object) -> bool:
-        try:
-            self._reader.locate(op)  # type: ignore[arg-type]
-        except MissingOpError:
-            return False
-        return True
-
-    def __len__(self) -> int:
-        return int(self._state().live)
-
-    def __bool__(self) -> bool:
-        return True
-
-    def __iter__(self) -> Iterator[Entry]:
-        return self.entries()
-
-    def payloads(self, first: int | None = None, last: int | None = None) -> Iterator[memoryview]:
-        """The payloads of the live ops first .. last (inclusive), by op: the fast lane. Checked in
-        chunks; CorruptionError, OSError. What is appended meanwhile is not among them; what is removed
-        meanwhile may be."""
-        return self._reader.payloads(first, last)
-
-    def entries(self, first: int | None = None, last: int | None = None) -> Iterator[Entry]:
-        """The live entries first .. last (inclusive), by op. As payloads()."""
-        return self._reader.entries(first, last)
-
-    def header(self, op: int) -> Header | None:
-        """What is known of an entry without its payload; None when it is not live. The frame is checked."""
-        return self._reader.header(op)
-
-    def previous_header(self, header: Header) -> Header | None:
-        """The header of the op before; None when that is not live."""
-        return self._reader.header(header.op - 1) if header.op > 1 else None
-
-    def headers(self, first: int | None = None, last: int | None = None) -> npt.NDArray[Any]:
-        """The headers of first .. last (inclusive), by op, as a structured array with the fields of
-        Header. Copies; the payloads are not read."""
-        return self._reader.headers(first, last)
-
     # --- shrinking --------------------------------------------------------------------------------
 
     def set_snapshot_op(self, op: int) -> None:
@@ -433,11 +353,15 @@ class Journal:
         other errors as set_snapshot_op()."""
         return removal.truncate_from(self._engine, check_op(op))
 
-    def compact(self) -> int:
+    def compact(self, *, wait: bool = False) -> int:
         """Gives back the space of what is not live; bytes freed. Blocks for the disk; appends and reads
-        go on. The segment that is being written keeps its size. BusyError, OSError (nothing happened),
-        PoisonedError."""
-        return compaction.compact(self._engine)
+        go on. The segment that is being written keeps its size.
+
+        At return the journal is durably without them; the files themselves go in the background, gently,
+        since freeing blocks can hold up every sync on the device. `wait` returns when they are gone;
+        close(), and an append that finds no space, wait for that too. BusyError, OSError (nothing
+        happened), PoisonedError."""
+        return compaction.compact(self._engine, wait=wait)
 
     def pair_snapshot(self, op: int, checksum: int) -> None:
         """Records that the snapshot of this op and checksum is the journal's, and moves the watermark to
@@ -460,6 +384,12 @@ class Journal:
 
     def _state(self) -> Any:
         return self._engine.state()
+
+    def __len__(self) -> int:
+        return int(self._state().live)
+
+    def __bool__(self) -> bool:
+        return True
 
     @property
     def first_op(self) -> int | None:
@@ -558,19 +488,25 @@ def out_of_range(error: Exception, kind: Any, timestamp: Any) -> Exception:
     return ValueError(f"kind is 0 .. {fmt.KIND_MAX}, timestamp 64 bits; not {kind} and {timestamp}")
 
 
-def _abandoned(engine: Engine, reader: Reader) -> None:
-    if not engine.forked:
+def _abandoned(engine: Engine, reader: Reader, stop_syncing: threading.Event) -> None:
+    if engine.forked:
+        return
+    stop_syncing.set()
+    if threading.current_thread().name.startswith("mmapwal-"):
+        # The garbage collector ran within a commit of this thread: it cannot wait here for its end.
+        threading.Thread(target=engine.abandon, name="mmapwal-abandon", daemon=True).start()
+    else:
         engine.abandon()
-        if reader.closed is None:  # close() was not even begun
-            warnings.warn(f"journal {engine.directory} was not closed", ResourceWarning, stacklevel=2)
+    if reader.closed is None:  # close() was not even begun
+        warnings.warn(f"journal {engine.directory} was not closed", ResourceWarning, stacklevel=2)
 
 
 def _sync_often(engine: Engine, interval_s: float, stop: threading.Event) -> None:
-    """sync_interval_ms: a failure poisons like any other; full disks are tried again."""
+    """sync_interval_ms: a failure poisons like any other; what is no failure of the disk is tried again."""
     while not stop.wait(interval_s):
         try:
             engine.sync()
         except (PoisonedError, ClosedError):
             return
-        except (OSError, JournalError) as e:
-            log.info("a background sync failed: %s", e)
+        except (OSError, JournalError, MemoryError) as e:
+            log.warning("a background sync has to be tried again: %s", e)

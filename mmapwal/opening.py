@@ -76,6 +76,8 @@ class Opening:
     segments: SegmentSet
     index: SlotIndex
     found: Scanned
+    summary: tuple[int, int, int]
+    """How many entries are live, the first and the last op: of the index as it is when this is done."""
     seal: Seal | None = None
     """The seal, when it and the index were believed."""
 
@@ -115,16 +117,21 @@ class Opening:
         if seal is not None and index is not None and index.crc() == seal.index_crc:
             self.watch.lap("index")
             self.seal = seal
+            self.summary = (seal.live, seal.first_op, seal.last_op)
             report.outcome = RecoveryRow.SEALED
             row = self.segments.table.row(seal.lsn)
-            return Scanned(None, seal.lsn, seal.link, row, proven_lsn=seal.lsn)
+            return Scanned((), seal.lsn, seal.link, row, proven_lsn=seal.lsn)
         durable = 0 if index is None else index.progress()[1]
-        found = scan_journal(self.segments.table, superblock, durable, self.options.progress)
+        found = scan_journal(self.segments.table, superblock, durable, self.options.progress, self._threads())
         report.outcome = decide(found.finding)
         self.watch.lap("scan")
         if report.outcome in REFUSED:
             raise refuse(report.outcome, found, self.segments.table)
         return found
+
+    def _threads(self) -> int:
+        """How many threads a scan may take."""
+        return 2 if self.directory.concurrent and len(os.sched_getaffinity(0)) > 1 else 1
 
     def _create(self) -> Superblock:
         check_empty(self.directory, self.options)
@@ -153,7 +160,7 @@ class Opening:
         """Makes what was found the truth: the superblock durable, the tail proven, a new epoch there."""
         found, watch = self.found, self.watch
         records = superblock.segments
-        if found.slots is not None:
+        if found.slots:
             # The superblock that was read may not have been durable: nothing is written before one is.
             self.file.commit(superblock)
             self.directory.sync_parent()
@@ -168,14 +175,14 @@ class Opening:
         if self.report.outcome in {RecoveryRow.SEALED, RecoveryRow.CLEAN}:
             kept = list(records[: len(kept) + 1])  # the one prepared ahead is still blank
         self.file.commit(replace(superblock, segments=tuple(kept)).with_epoch(found.tail_lsn))
-        if found.slots is None:
+        if not found.slots:
             self.directory.sync_parent()
         self.segments.follow(self.file.current.segments)
         watch.lap("epoch")
         self.index = index or SlotIndex.create(self.directory, superblock.uuid, superblock.slot_count)
-        if found.slots is not None:
-            self.index.fill(found.slots)
-            found.slots = None
+        if found.slots:
+            self.summary = self.index.fill(found.slots[0], found.slots[-1], len(found.slots))
+            found.slots = ()
         report = self.report
         report.frames, report.entries, report.scanned_bytes = found.frames, found.entries, found.scanned_bytes
         report.tail_lsn, report.proven_lsn = found.tail_lsn, found.proven_lsn

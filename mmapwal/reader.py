@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+import platform
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from itertools import chain, repeat
+from operator import getitem
 from typing import Any, NamedTuple, overload
 
 import numpy as np
 import numpy.typing as npt
 
+from mmapwal import columns
 from mmapwal import format as fmt
 from mmapwal._native import ffi, lib
+from mmapwal.columns import Columns, Gathered, Header, Room
 from mmapwal.engine import Engine
 from mmapwal.errors import CorruptionError, MissingOpError, PoisonedError
 from mmapwal.opening import Durability
 from mmapwal.segment import SegmentSet, SegmentTable
 
-__all__ = ["HEADERS", "DrainedEntries", "Entry", "Header", "Reader"]
+__all__ = ["DrainedEntries", "Entry", "Reader"]
 
-CHUNK = 512
+PAYLOAD_ROWS = 2048
+ENTRY_ROWS = 512  # before the garbage collector notices
+COLUMN_ROWS = 8192
+FIRST_ROWS = 64  # whoever looks at a few need not wait for many
 _NO_ROW = 2**32 - 1
-_PAYLOAD_AT = fmt.PAGE_BYTES + fmt.FRAME_BYTES
+# Elsewhere loads may overtake each other, and a slot is read by the C helper alone.
+_LOADS_ARE_ORDERED = platform.machine() in {"x86_64", "AMD64", "i686", "i386"}
 
 
 class Entry(NamedTuple):
@@ -33,51 +41,8 @@ class Entry(NamedTuple):
     timestamp: int
 
 
-class Header(NamedTuple):
-    """What is known of an entry without its payload. ``checksum`` is the payload's CRC32C."""
-
-    op: int
-    length: int
-    kind: int
-    timestamp: int
-    lsn: int
-    checksum: int
-
-
-HEADERS = np.dtype(
-    [
-        ("op", "<u8"),
-        ("length", "<u4"),
-        ("kind", "<u2"),
-        ("timestamp", "<i8"),
-        ("lsn", "<u8"),
-        ("checksum", "<u4"),
-    ]
-)
-"""The columns of Journal.headers()."""
-
 _entry = partial(tuple.__new__, Entry)
-
-
-class Columns:
-    """Room for one chunk of entries, filled by the C helper."""
-
-    def __init__(self, rows: int) -> None:
-        self.rows = rows
-        self.op = np.empty(rows, np.uint64)
-        self.start = np.empty(rows, np.uint64)
-        self.end = np.empty(rows, np.uint64)
-        self.lsn = np.empty(rows, np.uint64)
-        self.timestamp_ns = np.empty(rows, np.int64)
-        self.segment = np.empty(rows, np.uint32)
-        self.checksum = np.empty(rows, np.uint32)
-        self.kind = np.empty(rows, np.uint16)
-        self.native = ffi.new("struct mw_columns *")
-        for name, _ in ffi.typeof("struct mw_columns").fields:
-            column = getattr(self, name)
-            setattr(
-                self.native, name, ffi.cast(ffi.typeof(getattr(self.native, name)), ffi.from_buffer(column))
-            )
+_slice: Any = getitem  # a fifth faster than view.__getitem__
 
 
 class Reader:
@@ -87,55 +52,72 @@ class Reader:
         self._engine = engine
         self.segments: SegmentSet = engine.segments
         self._verify = verify_reads
-        self.slots = engine.index.slot_count
-        self.load_place = engine.index.load_place
-        self.words = engine.index.words
-        self.memory = engine.index.memory
-        self._load = engine.index.load
+        index = engine.index
+        self.slots = index.slot_count
+        self._slot = index.peek if _LOADS_ARE_ORDERED else index.lookup
         self._relaxed = engine.options.durability is not Durability.SYNC
         self._durable_lsn = 0
-        # Below it an entry can be read without asking anyone; above it, or closed, or verifying: locate().
-        self.plain_below_lsn = 0 if self._relaxed or verify_reads else 2**64
         self.closed: Exception | None = None
+        self._plain_below(0 if self._relaxed or verify_reads or not _LOADS_ARE_ORDERED else 2**64)
+
+    def _plain_below(self, lsn: int) -> None:
+        """Below the LSN an entry can be read without asking anyone. Above it, or closed, or verifying, or
+        where loads are not ordered: locate()."""
+        index = self._engine.index
+        # One tuple for read(): an attribute each would cost it a tenth.
+        self.plain = (self.slots, index.lsns, index.ops, index.lengths, self.segments, lsn)
 
     def close(self, error: Exception) -> None:
         """Every read from now on raises `error`."""
         self.closed = error
-        self.plain_below_lsn = 0
+        self._plain_below(0)
 
     # --- one entry --------------------------------------------------------------------------------
 
     def locate(self, op: int) -> tuple[memoryview, int, int, int, int]:
         """(view of the segment, start, end, kind, timestamp) of the payload; MissingOpError."""
+        slots, lsns = self.plain[:2]
         while True:
             try:
-                lsn, found, timestamp, length, kind, _ = self._load(
-                    self.memory, op % self.slots * fmt.SLOT_BYTES
-                )
+                slot = self._slot(op)
             except TypeError:
                 raise MissingOpError(op) from None
             if self.closed is not None:
                 raise self.closed
-            if found != op or lsn == 0:
+            if slot is None:
                 raise MissingOpError(op)
+            lsn, _, timestamp, length, kind = slot
             if self._relaxed and lsn >= self._durable_lsn:
                 self._reach(lsn)
             table = self.segments.table
-            row = bisect_right(table.bases, lsn) - 1
-            if row < 0 or lsn >= table.segments[row].record.next_base_lsn:
+            row = table.row(lsn)
+            if row < 0:
                 self._stray(op, lsn)
                 continue
             view = table.views[row]
             if view is None:
                 self._map(table, row)
                 continue
-            start = lsn - table.bases[row] + _PAYLOAD_AT
-            # The slot is its own sequence lock: unchanged, and so were the fields between.
-            if self._load(self.memory, op % self.slots * fmt.SLOT_BYTES)[0] != lsn:
+            start = lsn - table.bases[row] + fmt.PAYLOAD_OFFSET
+            # The slot is its own sequence lock: unchanged, and so were the fields between. Looked at after
+            # the table: what it names now, no compaction had left out of that.
+            if (lsns[op % slots] if _LOADS_ARE_ORDERED else self._lookup_lsn(op)) != lsn:
                 continue
             if self._verify:
                 self.check(table, row, lsn, op)
             return view, start, start + length, kind, timestamp
+
+    def _lookup_lsn(self, op: int) -> int:
+        slot = self._engine.index.lookup(op)
+        return slot[0] if slot is not None else 0
+
+    def read(self, op: int) -> memoryview:
+        """The payload, for Journal.read() where it cannot tell by itself; it shall the next time."""
+        view, start, end, _, _ = self.locate(op)
+        lsn = self._engine.index.lsns[op % self.slots]
+        if lsn < self.plain[-1]:
+            self.segments.table.lend(lsn)
+        return view[start:end]
 
     def _map(self, table: SegmentTable, row: int) -> None:
         """Maps a segment for reading. What was compacted away meanwhile is no error: the slot has changed."""
@@ -164,8 +146,10 @@ class Reader:
         if state.poison_stage and lsn >= state.durable_lsn:
             raise engine.poisoned()
         self._durable_lsn = int(state.durable_lsn)
-        if not self._verify and self.closed is None:
-            self.plain_below_lsn = self._durable_lsn
+        if not self._verify and self.closed is None and _LOADS_ARE_ORDERED:
+            self._plain_below(self._durable_lsn)
+            if self.closed is not None:  # meanwhile
+                self._plain_below(0)
 
     def _readable(self, lsns: npt.NDArray[Any]) -> int:
         """How many of the rows can be given: all, or those before the first that a failure leaves unclear."""
@@ -255,12 +239,12 @@ class Reader:
         return low, high, np.sort(ops)
 
     def chunks(
-        self, first: int | None, last: int | None, *, verify: bool, rows: int = CHUNK
-    ) -> Iterator[tuple[SegmentTable, Columns, int, bool]]:
-        """(table, columns, how many, whether all in one segment) until the range is done. The columns
-        are filled anew for the next."""
+        self, first: int | None, last: int | None, *, verify: bool, rows: int = COLUMN_ROWS
+    ) -> Iterator[Gathered]:
+        """The live entries of a range, at most `rows` at a time, until it is done."""
         low, high, ops = self._range(first, last)
-        out = Columns(rows)
+        out = Room(rows)
+        room = min(FIRST_ROWS, rows)
         cursor = ffi.new("struct mw_cursor *", {"op": low, "last_op": high})
         taken = ffi.new("uint64_t *")
         if ops is None:
@@ -284,7 +268,7 @@ class Reader:
                 op_count,
                 taken,
                 out.native,
-                rows,
+                room,
                 verify,
             )
             if count == lib.MW_E_CORRUPT and self._relaxed and suspect != (cursor.op, cursor.lsn):
@@ -296,9 +280,10 @@ class Reader:
             else:
                 readable = self._readable(out.lsn[:count]) if self._relaxed else count
                 if readable:
-                    yield table, out, readable, bool(cursor.uniform)
+                    yield Gathered(table, out, readable, bool(cursor.uniform), int(cursor.stride))
                 if readable < count:
                     raise self._engine.poisoned()
+                room = min(4 * room, rows)
 
     def _recover_gather(self, rc: int, table: SegmentTable, cursor: Any) -> SegmentTable:
         op, lsn = int(cursor.op), int(cursor.lsn)
@@ -314,56 +299,89 @@ class Reader:
         row = table.row(lsn)
         name = table.segments[row].record.name if row >= 0 else fmt.INDEX_NAME
         if rc == lib.MW_E_CORRUPT:
+            if self.segments.table is not table:  # a longer segment may have taken the place of a blank one
+                return self.segments.table
             offset = fmt.PAGE_BYTES + lsn - table.bases[row] if row >= 0 else 0
             raise CorruptionError(name, offset, lsn, op, "the frame does not verify")
         raise OSError(-rc, "reading the segment failed", name)
 
     def payloads(self, first: int | None, last: int | None) -> Iterator[memoryview]:
-        for table, out, count, uniform in self.chunks(first, last, verify=True):
-            yield from _slices(table, out, count, uniform)
+        # A generator would cost each payload a tenth; chained, only each chunk.
+        return chain.from_iterable(_slices(self.chunks(first, last, verify=True, rows=PAYLOAD_ROWS)))
 
     def entries(self, first: int | None, last: int | None) -> Iterator[Entry]:
-        for table, out, count, uniform in self.chunks(first, last, verify=True):
+        return chain.from_iterable(self._entries(first, last))
+
+    def _entries(self, first: int | None, last: int | None) -> Iterator[Iterator[Entry]]:
+        chunks = self.chunks(first, last, verify=True, rows=ENTRY_ROWS)
+        current: list[Gathered] = []
+        for payloads in _slices(_noting(chunks, current)):
+            out, count = current[0].out, current[0].rows
             rows = zip(
-                out.op[:count].tolist(), _slices(table, out, count, uniform), out.kind[:count].tolist(),
+                out.op[:count].tolist(), payloads, out.kind[:count].tolist(),
                 out.timestamp_ns[:count].tolist(), strict=True,
             )  # fmt: skip
-            yield from map(_entry, rows)
+            yield map(_entry, rows)
 
-    def headers(self, first: int | None, last: int | None) -> npt.NDArray[Any]:
-        parts = [
-            _headers(out, count) for _, out, count, _ in self.chunks(first, last, verify=False, rows=8192)
-        ]
-        return np.concatenate(parts) if parts else np.empty(0, HEADERS)
+    def headers(self, first: int | None, last: int | None, *, copy: bool | None) -> npt.NDArray[Any]:
+        if copy is not True:
+            lent = columns.lent_headers(self.chunks(first, last, verify=False))
+            if lent is not None:
+                return lent
+            if copy is False:
+                raise ValueError("the frames are not evenly spaced in one segment: no headers without a copy")
+        return columns.copied_headers(self.chunks(first, last, verify=False))
+
+    def columns(self, first: int | None, last: int | None) -> Columns:
+        low, high, ops = self._range(first, last)
+        rows = len(ops) if ops is not None else max(0, high - low + 1)
+        return columns.collect_columns(self.chunks(low, high, verify=True), rows)
+
+    def arrays(self, first: int | None, last: int | None) -> Iterator[npt.NDArray[np.uint8]]:
+        return (run.payloads() for run in columns.runs_of(self.chunks(first, last, verify=True)))
+
+    def array(self, first: int | None, last: int | None, *, copy: bool | None) -> npt.NDArray[np.uint8]:
+        return columns.stack(columns.runs_of(self.chunks(first, last, verify=True)), copy=copy)
 
     def drained(self, first: int, last: int) -> DrainedEntries:
         """The live entries of a range as they are now; their segments stay mapped for as long as it lives."""
         parts = []
         table = self.segments.table
-        for chunk_table, out, count, _ in self.chunks(first, last, verify=self._verify, rows=8192):
-            table = chunk_table
-            parts.append(_headers(out, count))
-        headers = np.concatenate(parts) if parts else np.empty(0, HEADERS)
+        for chunk in self.chunks(first, last, verify=self._verify):
+            table = chunk.table
+            parts.append(chunk.headers())
+        headers = np.concatenate(parts) if parts else np.empty(0, columns.HEADERS)
         for row in {table.row(lsn) for lsn in headers["lsn"].tolist()}:
             table.map(row)
         return DrainedEntries(table, headers)
 
 
-def _slices(table: SegmentTable, out: Columns, count: int, uniform: bool) -> Iterator[memoryview]:
-    slices = map(slice, out.start[:count].tolist(), out.end[:count].tolist())
-    if uniform:
-        view = table.map(int(out.segment[0]))
-        return map(view.__getitem__, slices)
-    views = map(table.map, out.segment[:count].tolist())
-    return (view[part] for view, part in zip(views, slices, strict=True))
+def _noting(chunks: Iterable[Gathered], current: list[Gathered]) -> Iterator[Gathered]:
+    for chunk in chunks:
+        current[:] = [chunk]
+        yield chunk
 
 
-def _headers(out: Columns, count: int) -> npt.NDArray[Any]:
-    part = np.empty(count, HEADERS)
-    part["op"], part["lsn"], part["kind"] = out.op[:count], out.lsn[:count], out.kind[:count]
-    part["timestamp"], part["checksum"] = out.timestamp_ns[:count], out.checksum[:count]
-    part["length"] = (out.end[:count] - out.start[:count]).astype(np.uint32)
-    return part
+def _slices(chunks: Iterable[Gathered]) -> Iterator[Iterator[memoryview]]:
+    """The payloads of each chunk. Where they are evenly spaced the slices are made once for all chunks."""
+    made: list[slice] = []
+    spacing = (0, 0)
+    for chunk in chunks:
+        out, count = chunk.out, chunk.rows
+        start, length = int(out.start[0]), int(out.end[0] - out.start[0])
+        if chunk.stride:
+            if spacing != (chunk.stride, length) or len(made) < count:
+                spacing = chunk.stride, length
+                made = [slice(at, at + length) for at in range(0, count * chunk.stride, chunk.stride)]
+            part = chunk.view()[start : int(out.end[count - 1])]
+            yield map(_slice, repeat(part, count), made)
+            continue
+        slices = map(slice, out.start[:count].tolist(), out.end[:count].tolist())
+        if chunk.uniform:
+            yield map(_slice, repeat(chunk.view()), slices)
+        else:
+            views = map(chunk.table.map, out.segment[:count].tolist())
+            yield map(_slice, views, slices)
 
 
 class DrainedEntries(Sequence[Entry]):
@@ -387,7 +405,7 @@ class DrainedEntries(Sequence[Entry]):
         h = self.headers[at]
         lsn = int(h["lsn"])
         row = self._table.row(lsn)
-        start = lsn - self._table.bases[row] + _PAYLOAD_AT
+        start = lsn - self._table.bases[row] + fmt.PAYLOAD_OFFSET
         payload = self._table.map(row)[start : start + int(h["length"])]
         return Entry(int(h["op"]), payload, int(h["kind"]), int(h["timestamp"]))
 

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ import numpy.typing as npt
 from mmapwal import format as fmt
 from mmapwal._native import ffi, lib
 from mmapwal.errors import CorruptionError
-from mmapwal.index import rebuilt_slots
+from mmapwal.index import rebuilt_slots, slot_pointer
 from mmapwal.segment import MAPPINGS_MAX, Segment, SegmentTable, make_segment, native_scan, scan_fields
 from mmapwal.storage import Directory
 from mmapwal.superblock import SegmentRecord, Superblock
@@ -29,6 +31,8 @@ from mmapwal.superblock import SegmentRecord, Superblock
 __all__ = ["TABLE", "Finding", "RecoveryReport", "RecoveryRow", "Scanned", "decide", "scan_journal"]
 
 Progress = Callable[[int, int], None]
+
+SPLIT_MIN_BYTES = 8 << 20  # below it a second thread takes longer to start than it saves
 
 STOP_REASONS = {
     lib.MW_STOP_BLANK: "nothing was written here",
@@ -125,7 +129,7 @@ class RecoveryReport:
 class Scanned:
     """The journal as its segments tell it."""
 
-    slots: npt.NDArray[Any] | None
+    slots: tuple[npt.NDArray[Any], ...]  # oldest first, the later ones win; none: the index is believed
     tail_lsn: int
     link: int
     tail_row: int = -1  # of the segment table; -1: behind the last segment
@@ -168,53 +172,191 @@ def _superblock_proof(superblock: Superblock) -> int:
     )
 
 
-def scan_journal(
-    table: SegmentTable,
-    superblock: Superblock,
-    index_durable_lsn: int,
-    progress: Progress | None = None,
-) -> Scanned:
-    """Reads and checks every frame of every segment, and rebuilds the slots in private memory.
+class _Telling:
+    """Tells a progress callback how many bytes are done, never fewer than before."""
 
-    OSError when the disk fails. Changes nothing.
-    """
-    slots = rebuilt_slots(superblock.slot_count)
-    found = Scanned(slots, superblock.next_base_lsn, 0)
-    found.stop_lsn = found.tail_lsn
-    found.proven_lsn = max(_superblock_proof(superblock), index_durable_lsn)
-    rows = removal_rows(superblock)
-    total = sum(s.record.capacity for s in table.segments)
-    done = last_epoch = 0
-    stopped = False
-    for number, segment in enumerate(table.segments):
-        record = segment.record
-        lib.mw_populate(ffi.cast("void *", segment.frames - fmt.PAGE_BYTES), len(segment.view), 0)
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self._progress = progress
+        self._total = total
+        self._told = 0
+
+    def __call__(self, done: int) -> None:
+        if self._progress is not None and done > self._told:
+            self._told = done
+            self._progress(done, self._total)
+
+
+class _Run:
+    """Neighbouring segments, scanned one behind the other into slots of their own."""
+
+    def __init__(self, table: SegmentTable, rows: range, superblock: Superblock, proven_lsn: int) -> None:
+        self.found = Scanned((rebuilt_slots(superblock.slot_count),), superblock.next_base_lsn, 0)
+        self.found.stop_lsn = self.found.tail_lsn
+        self.found.proven_lsn = proven_lsn
+        self.stopped = self.cancelled = False
+        self.done_bytes = self.first_epoch = self.last_epoch = self.first_op = self.last_op = 0
+        self._rows, self._superblock = rows, superblock
+        self._segments = table.segments
+        self._removals = removal_rows(superblock)
+        self._unmaps = len(table.segments) > MAPPINGS_MAX
+
+    def scan(self, tell: Callable[[int], None], before: Callable[[int], object] = lambda row: None) -> None:
+        """`before` is called with each row before its segment is looked at. OSError when the disk fails."""
+        for row in self._rows:
+            if self.cancelled:
+                return
+            before(row)
+            segment = self._segments[row]
+            self._scan_segment(row, segment)
+            if self._unmaps:
+                segment.unmap()
+            self.done_bytes += segment.record.capacity
+            tell(self.done_bytes)
+
+    def _scan_segment(self, row: int, segment: Segment) -> None:
+        record, superblock, found = segment.record, self._superblock, self.found
+        (slots,) = found.slots
         scan = scan_fields(
             frames=segment.frames, base_lsn=record.base_lsn, capacity=record.capacity,
             epoch=superblock.epoch, epoch_start_lsn=superblock.epoch_start_lsn,
-            watermark=superblock.watermark, removals=rows, removal_count=len(superblock.removals),
-            slots=ffi.cast("struct mw_slot *", ffi.from_buffer(slots)), slot_count=len(slots),
-            salt=segment.salt, link=segment.salt, lsn=record.base_lsn, last_epoch=last_epoch,
+            watermark=superblock.watermark, removals=self._removals,
+            removal_count=len(superblock.removals), slots=slot_pointer(slots), slot_count=len(slots),
+            salt=segment.salt, link=segment.salt, lsn=record.base_lsn, last_epoch=self.last_epoch,
+            first_op=self.first_op, last_op=self.last_op,
         )  # fmt: skip
         if superblock.seal is not None:
             scan.limit_lsn = superblock.seal.lsn
-        if not stopped:
+        if not self.stopped:
             native_scan(scan, record.name)
-            _take(found, scan, number, segment)
-            last_epoch = scan.last_epoch
+            if found.frames == 0:
+                self.first_epoch = int(scan.first_epoch)
+            _take(found, scan, row, segment)
+            self.last_epoch = int(scan.last_epoch)
+            self.first_op, self.last_op = int(scan.first_op), int(scan.last_op)
             if scan.stop == lib.MW_STOP_END:
                 found.ends[record.id] = int(scan.lsn)
                 found.tail_lsn = found.stop_lsn = record.next_base_lsn
                 found.tail_row = -1
             else:
-                stopped = True
-        if stopped and scan.lsn < record.next_base_lsn and superblock.seal is None:
+                self.stopped = True
+        if self.stopped and scan.lsn < record.next_base_lsn and superblock.seal is None:
             _hunt(found, scan, record.name)
-        if len(table.segments) > MAPPINGS_MAX:
-            segment.unmap()
-        done += record.capacity
-        if progress is not None:
-            progress(done, total)
+
+
+def scan_journal(
+    table: SegmentTable,
+    superblock: Superblock,
+    index_durable_lsn: int,
+    progress: Progress | None = None,
+    threads: int = 1,
+) -> Scanned:
+    """Reads and checks every frame of every segment, and rebuilds the slots in private memory: 32 bytes
+    a slot for each thread, of which there are two at most.
+
+    `progress` is called on the caller's thread. OSError when the disk fails. Changes nothing.
+    """
+    proven = max(_superblock_proof(superblock), index_durable_lsn)
+    segments = table.segments
+    total = sum(s.record.capacity for s in segments)
+    tell = _Telling(progress, total)
+    ahead = False
+    if threads > 1 and total >= SPLIT_MIN_BYTES and len(segments) <= MAPPINGS_MAX:
+        for segment in segments:
+            segment.view  # noqa: B018  # maps it: files are opened by one thread, in order
+        ahead = not is_resident(segments)
+        row = 0 if ahead else split_row(table, proven)
+        found = _scan_split(table, row, superblock, proven, tell) if row > 0 else None
+        if found is not None:
+            return found
+    run = _Run(table, range(len(segments)), superblock, proven)
+    if ahead:
+        _scan_behind(run, segments, tell)
+    else:
+        run.scan(tell)
+    return run.found
+
+
+def is_resident(segments: tuple[Segment, ...]) -> bool:
+    """Whether the page cache has them, as far as a few looks tell."""
+    return all(lib.mw_resident(*_mapping(s)) for s in segments)
+
+
+def _mapping(segment: Segment) -> tuple[Any, int]:
+    return ffi.cast("void *", segment.frames - fmt.PAGE_BYTES), len(segment.view)
+
+
+def _scan_behind(run: _Run, segments: tuple[Segment, ...], tell: _Telling) -> None:
+    """The disk is the limit: one thread reads ahead, from the first byte to the last, and one checks."""
+    pool = ThreadPoolExecutor(1, "mmapwal-recovery")
+    try:
+        read = [pool.submit(lib.mw_populate, *(*_mapping(s), 0)) for s in segments]
+        # Whether a read worked is no matter here: the check of the same bytes tells what the disk says.
+        run.scan(tell, lambda row: wait([read[row]]))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def split_row(table: SegmentTable, proven_lsn: int) -> int:
+    """Where the second thread begins: at half of the bytes, or before; 0 when one is enough.
+
+    All before it is proven: a chain that breaks there is refused and never cut, so what the second thread
+    reads counts whenever the journal opens.
+    """
+    total = sum(s.record.capacity for s in table.segments)
+    row = done = 0
+    for segment in table.segments[:-1]:
+        done += segment.record.capacity
+        if segment.record.next_base_lsn > proven_lsn or done * 2 > total + segment.record.capacity:
+            break
+        row += 1
+    return row
+
+
+def _scan_split(
+    table: SegmentTable, row: int, superblock: Superblock, proven_lsn: int, tell: _Telling
+) -> Scanned | None:
+    """Two threads, one before the row and one from it on. None: they do not fit together, which only a
+    journal that is refused can cause; one thread finds the place."""
+    older = _Run(table, range(row), superblock, proven_lsn)
+    newer = _Run(table, range(row, len(table.segments)), superblock, proven_lsn)
+    steps: SimpleQueue[None] = SimpleQueue()
+    with ThreadPoolExecutor(1, "mmapwal-recovery") as pool:
+        second = pool.submit(newer.scan, lambda _: steps.put(None))
+        second.add_done_callback(lambda _: steps.put(None))
+        try:
+            older.scan(lambda done: tell(done + newer.done_bytes))
+            while not older.stopped and not second.done():
+                steps.get()
+                tell(older.done_bytes + newer.done_bytes)
+        finally:
+            newer.cancelled = True
+    if older.stopped:
+        return None
+    second.result()
+    tell(older.done_bytes + newer.done_bytes)
+    return _joined(older, newer)
+
+
+def _joined(older: _Run, newer: _Run) -> Scanned | None:
+    """What one thread would have found; None when the second one went on where that would have stopped."""
+    found, before = newer.found, older.found
+    if found.frames > 0 and newer.first_epoch < older.last_epoch:
+        return None
+    (old_slots,), (new_slots,) = before.slots, found.slots
+    if older.last_op > 0 and newer.last_op > 0:
+        ops = max(older.last_op, newer.last_op) - min(older.first_op, newer.first_op)
+        # Ops closer to each other than there are slots cannot meet in one.
+        if ops >= len(old_slots) and lib.mw_slots_clash(
+            slot_pointer(old_slots), slot_pointer(new_slots), len(old_slots)
+        ):
+            return None
+    found.slots = (old_slots, new_slots)
+    found.frames += before.frames
+    found.entries += before.entries
+    found.hidden += before.hidden
+    found.scanned_bytes += before.scanned_bytes
+    found.proven_lsn = max(found.proven_lsn, before.proven_lsn)
+    found.ends = before.ends | found.ends
     return found
 
 

@@ -7,7 +7,7 @@ import threading
 import time
 import weakref
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from mmapwal.injected import InjectedIO
 from mmapwal.storage import Directory, MappedStorage, Storage, SyncMethod
 from mmapwal.superblock import SegmentRecord
 
-__all__ = ["Segment", "SegmentSet", "SegmentTable", "encode_header", "make_segment"]
+__all__ = ["NewSegment", "Segment", "SegmentSet", "SegmentTable", "encode_header", "make_segment"]
 
 ZERO_STEP_BYTES = 1 << 20
 MAPPINGS_MAX = 16_384  # vm.max_map_count is 65,530 by default
@@ -59,41 +59,106 @@ def check_header(data: bytes, uuid: bytes, record: SegmentRecord) -> None:
         raise damaged(0, "the segment belongs to another journal or another place")
 
 
+class NewSegment:
+    """A segment file in the making, under a temporary name. For one thread at a time.
+
+    OSError from any call: discard() it; nothing exists under its name, or nothing that a superblock
+    names.
+    """
+
+    def __init__(self, directory: Directory, uuid: bytes, record: SegmentRecord) -> None:
+        self.record = record
+        self._directory = directory
+        self._length = fmt.PAGE_BYTES + record.capacity
+        self._end = fmt.PAGE_BYTES
+        self._synced = False
+        try:
+            self._storage = directory.create(self._temporary)
+            self._storage.write_at(0, encode_header(uuid, record))
+            self._hint: Callable[[int, int], None] | None = getattr(self._storage, "start_writeback", None)
+        except BaseException:
+            self.discard()
+            raise
+
+    @property
+    def _temporary(self) -> str:
+        return self.record.name + ".tmp"
+
+    @property
+    def left_bytes(self) -> int:
+        """That have no zeros yet."""
+        return self._length - self._end
+
+    def write_zeros(self, step_bytes: int = ZERO_STEP_BYTES) -> bool:
+        """One step, at most ZERO_STEP_BYTES, sent on its way to the device; whether more is to come."""
+        step = min(step_bytes, self.left_bytes)
+        if step > 0:
+            offset = self._end
+            self._end += self._storage.write_at(offset, memoryview(_ZEROS)[:step])
+            if self._hint is not None:
+                self._hint(offset, step)
+            elif self.left_bytes > 0 and self._end // ZERO_STEP_BYTES != offset // ZERO_STEP_BYTES:
+                self._storage.sync()  # so that no sync has to wait for more than that
+        return self.left_bytes > 0
+
+    def leave_holes(self) -> None:
+        """Instead of zeros: for what no frame goes into any more."""
+        self._storage.truncate(self._length)
+        self._end = self._length
+
+    def write(self, contents: Iterable[tuple[int, Any]], source: Storage | None = None) -> None:
+        """(offset, bytes) each. With a source, memoryviews among them are what that has at this place."""
+        copy_from = getattr(self._storage, "copy_from", None)
+        for offset, data in contents:
+            start, end = offset + -offset % fmt.PAGE_BYTES, offset + len(data)
+            end -= end % fmt.PAGE_BYTES
+            if source is None or copy_from is None or type(data) is bytes or start >= end:
+                self._storage.write_at(offset, data)
+                continue
+            end = start + copy_from(source, start, end - start)
+            for at, rest in ((offset, data[: start - offset]), (end, data[end - offset :])):
+                if len(rest) > 0:
+                    self._storage.write_at(at, rest)
+
+    def sync(self) -> None:
+        """Blocks; what was written is durable, its name is not."""
+        self._storage.sync()
+        self._synced = True
+
+    def publish(self) -> None:
+        """Under its name, durable at return. Blocks."""
+        if not self._synced:
+            self.sync()
+        self._storage.close()
+        self._directory.rename(self._temporary, self.record.name)
+        self._directory.sync()
+
+    def discard(self) -> None:
+        """Nothing is left of it."""
+        with contextlib.suppress(OSError, AttributeError):  # it may not even have been opened
+            self._storage.close()
+        for name in (self._temporary, self.record.name):
+            with contextlib.suppress(OSError):
+                self._directory.unlink(name)
+
+
 def make_segment(
     directory: Directory, uuid: bytes, record: SegmentRecord, contents: Iterable[tuple[int, Any]] = (), *,
-    sparse: bool = False,
+    sparse: bool = False, source: Storage | None = None,
 ) -> None:  # fmt: skip
     """Makes the file under its name, durable at return: header, zeros to the end, then `contents`
-    (offset, bytes). `sparse` leaves holes instead of zeros: for what no frame goes into any more.
-
-    Blocks; zeros are written and synced in steps, so that commits beside it wait for no more than one.
-    OSError: nothing exists under the name, or nothing that a superblock names.
-    """
-    temporary = record.name + ".tmp"
-    length = fmt.PAGE_BYTES + record.capacity
+    (offset, bytes). `sparse` leaves holes instead of zeros; memoryviews are also what `source` has at the
+    same place. Blocks. OSError: nothing exists under the name, or nothing that a superblock names."""
+    making = NewSegment(directory, uuid, record)
     try:
-        storage = directory.create(temporary)
-        try:
-            storage.write_at(0, encode_header(uuid, record))
-            if sparse:
-                storage.truncate(length)
-            else:
-                for offset in range(fmt.PAGE_BYTES, length, ZERO_STEP_BYTES):
-                    step = min(ZERO_STEP_BYTES, length - offset)
-                    storage.write_at(offset, _ZEROS if step == ZERO_STEP_BYTES else bytes(step))
-                    if offset + step < length:
-                        storage.sync()
-            for offset, data in contents:
-                storage.write_at(offset, data)
-            storage.sync()
-        finally:
-            storage.close()
-        directory.rename(temporary, record.name)
-        directory.sync()
+        if sparse:
+            making.leave_holes()
+        while making.left_bytes > 0:
+            making.write_zeros()
+        making.write(contents, source)
+        making.publish()
     except BaseException:
-        for name in (temporary, record.name):
-            with contextlib.suppress(OSError):
-                directory.unlink(name)
+        making.discard()
         raise
 
 
@@ -122,16 +187,19 @@ class Segment:
                 record.name, 0, record.base_lsn, None, "the superblock names it, but it is not there"
             ) from e
         try:
-            length = len(storage)
-            if length < fmt.PAGE_BYTES + record.capacity:
-                raise CorruptionError(
-                    record.name, length, record.base_lsn, None, f"the file was cut to {length} bytes"
-                )
+            self._check_length(len(storage))
             check_header(bytes(storage.read_at(0, fmt.SEGMENT_HEADER.itemsize)), self._uuid, record)
         except BaseException:
             storage.close()
             raise
         return storage
+
+    def _check_length(self, length: int) -> None:
+        """What is behind the end of a mapping is not ours."""
+        if length < fmt.PAGE_BYTES + self.record.capacity:
+            raise CorruptionError(
+                self.record.name, length, self.record.base_lsn, None, f"the file was cut to {length} bytes"
+            )
 
     def check(self) -> None:
         """CorruptionError unless the file is there, whole in size, and of this place."""
@@ -148,6 +216,7 @@ class Segment:
                     view = storage.view()
                     if storage is not self._writer:
                         storage.close()
+                    self._check_length(len(view))
                     self._storage = storage
                     # A bare address, kept right by the view: a long-lived from_buffer() of a memoryview
                     # crashes CPython's garbage collector when both end in one cycle.
@@ -203,6 +272,11 @@ class Segment:
             held.retire(self._storage, time.monotonic())
 
 
+# Where the second part of a lane begins; of each part the view (None: not mapped, or no segment), and what to
+# take off an LSN for the offset of its payload.
+Lane = tuple[int, memoryview | None, int, memoryview | None, int]
+
+
 class SegmentTable:
     """The segments at one moment, immutable: a reader that holds it can follow any LSN that it had."""
 
@@ -216,24 +290,28 @@ class SegmentTable:
             ref.salt = segment.salt
             ref.frames = segment.frames if segment.is_mapped else ffi.NULL
         self.native = ffi.new("struct mw_table *", {"refs": self._refs, "count": len(self.segments)})
-        self._build_lanes()
+        # For reading one entry: _lane() of each that was read from, filled by lend(). Segments are longer
+        # than a lane, so mostly no more than two meet in it.
+        self.lanes: dict[int, Lane] = {}
+        self.lane_bits = min((s.record.capacity for s in self.segments), default=1).bit_length() - 1
 
-    def _build_lanes(self) -> None:
-        """For reading one entry: lists in which every LSN has a lane, so that no bound needs a check.
-        A lane has the LSN where it starts, the view (None where no segment is, or it is not mapped yet),
-        and what to take off an LSN for the offset of its payload."""
-        self.lane_lsns: list[int] = [0]
-        self.lane_views: list[memoryview | None] = [None]
-        self.lane_shifts: list[int] = [0]
-        self._lane_of_row: list[int] = []
-        for segment, view in zip(self.segments, self.views, strict=True):
-            record = segment.record
-            if self.lane_lsns[-1] == record.base_lsn:  # no hole before it
-                del self.lane_lsns[-1], self.lane_views[-1], self.lane_shifts[-1]
-            self._lane_of_row.append(len(self.lane_lsns))
-            self.lane_lsns += (record.base_lsn, record.next_base_lsn)
-            self.lane_views += (view, None)
-            self.lane_shifts += (record.base_lsn - fmt.PAGE_BYTES - fmt.FRAME_BYTES, 0)
+    def _zone(self, lsn: int) -> tuple[memoryview | None, int]:
+        row = self.row(lsn)
+        return (None, 0) if row < 0 else (self.views[row], self.bases[row] - fmt.PAYLOAD_OFFSET)
+
+    def lend(self, lsn: int) -> None:
+        """Lets read() find the LSN, whose segment is mapped, by its lane. Two threads may do it at once: what
+        one of them overwrites is put right by the next read there."""
+        number = lsn >> self.lane_bits
+        edge, first, _, second, _ = self.lanes.get(number, (0, None, 0, None, 0))
+        if (first if lsn < edge else second) is not None:
+            return
+        start, end = number << self.lane_bits, (number + 1) << self.lane_bits
+        near = self.segments[max(0, bisect_right(self.bases, start) - 1) : bisect_right(self.bases, end)]
+        ends = {at for s in near for at in (s.record.base_lsn, s.record.next_base_lsn) if start < at < end}
+        if len(ends) < 2:  # else two of them and a hole: looked up each time
+            edge = ends.pop() if ends else end
+            self.lanes[number] = (edge, *self._zone(start), *self._zone(edge))
 
     def row(self, lsn: int) -> int:
         """The row of the segment that has the LSN; -1 when none has."""
@@ -247,7 +325,7 @@ class SegmentTable:
         view = self.views[row]
         if view is None:
             segment = self.segments[row]
-            view = self.views[row] = self.lane_views[self._lane_of_row[row]] = segment.view
+            view = self.views[row] = segment.view
             self._refs[row].frames = segment.frames
         return view
 

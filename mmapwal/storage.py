@@ -20,6 +20,7 @@ from typing_extensions import Buffer
 
 from mmapwal._native import ffi, lib
 from mmapwal.errors import LockedError
+from mmapwal.extras import EXT, LEASES_SEE_MAPPINGS, SHARES_BLOCKS, TMPFS, XFS, copy_blocks, discard
 
 __all__ = [
     "Directory",
@@ -205,6 +206,10 @@ class _SystemFile:
             _check(lib.mw_map_sync(self._shared.address, self._shared.length), self._name)
         _check(lib.mw_file_sync(self._file), self._name)
 
+    def start_writeback(self, offset: int, length: int) -> None:
+        """StorageExtras.start_writeback()"""
+        lib.mw_fd_start_writeback(self._file.fd, offset, length)
+
     def _outgrew(self, mapping: Mapping) -> bool:
         """Whether the file is longer than its mapping; views of that keep it."""
         return self._file.fd >= 0 and mapping.length < len(self)
@@ -234,7 +239,7 @@ class MappedStorage(_SystemFile):
         self._mapping: Mapping | None = None
         if sync_method is SyncMethod.MSYNC:
             self.shared()
-        elif sync_method is SyncMethod.DSYNC and path is not None and not _has_rwf_dsync(fd):
+        elif sync_method is SyncMethod.DSYNC and path is not None and lib.mw_has_rwf_dsync(fd) != 1:
             self._file.dsync_fd = _check(
                 lib.mw_open(-100, os.fsencode(path), os.O_WRONLY | os.O_DSYNC, 0), name
             )
@@ -251,9 +256,18 @@ class MappedStorage(_SystemFile):
     def shared(self) -> memoryview:
         view = super().shared()
         if self._shared is not None and self._file.method == lib.MW_MSYNC:
+            if self._file.map == ffi.NULL and lib.mw_fs_type(self._file.fd) == TMPFS:
+                # No page fault at a first store. Elsewhere that would make pages dirty for nothing.
+                lib.mw_populate(self._shared.address, self._shared.length, True)
             self._file.map = self._shared.address
             self._file.bytes = self._shared.length
         return view
+
+    def copy_from(self, source: Storage, offset: int, length: int) -> int:
+        """StorageExtras.copy_from()"""
+        if not isinstance(source, _SystemFile) or lib.mw_fs_type(self._file.fd) not in SHARES_BLOCKS:
+            return 0
+        return copy_blocks(source._file.fd, self._file.fd, offset, length)
 
     def native_io(self) -> Any:
         """The table through which the committer writes without going back to Python."""
@@ -264,11 +278,6 @@ class MappedStorage(_SystemFile):
             self._io.sync = ffi.addressof(lib, "mw_file_sync")
             self._io.ctx = self._file
         return self._io
-
-
-def _has_rwf_dsync(fd: int) -> bool:
-    """Whether pwritev2 takes RWF_DSYNC here; writing nothing asks without doing anything."""
-    return int(lib.mw_has_rwf_dsync(fd)) == 1
 
 
 class FileStorage(_SystemFile):
@@ -391,6 +400,10 @@ class SystemDirectory:
     def unlink(self, name: str) -> None:
         os.unlink(name, dir_fd=self._fd)
 
+    def discard(self, name: str) -> None:
+        """DirectoryExtras.discard()"""
+        discard(self._fd, name, in_steps=lib.mw_fs_type(self._fd) in LEASES_SEE_MAPPINGS)
+
     def sync(self) -> None:
         _check(lib.mw_fd_sync(self._fd), str(self.path))
 
@@ -427,10 +440,15 @@ class SystemDirectory:
         self._lock_fd, self._lock_key = fd, key
 
     def best_sync_method(self) -> SyncMethod:
-        """RWF_DSYNC where a write into written space changes no metadata; elsewhere write and sync
-        apart, so that a full disk is told from a failed sync."""
-        ext, xfs = 0xEF53, 0x58465342
-        return SyncMethod.DSYNC if lib.mw_fs_type(self._fd) in {ext, xfs} else SyncMethod.FDATASYNC
+        """RWF_DSYNC where a write into written space changes no metadata. On tmpfs a store: its pages are
+        there once they were written, and nothing is durable anyway, so all that a system call does there
+        is to take time. Elsewhere write and sync apart, so that a full disk is told from a failed sync."""
+        kind = lib.mw_fs_type(self._fd)
+        if kind in {EXT, XFS}:
+            return SyncMethod.DSYNC
+        if kind == TMPFS and self._storage is MappedStorage:
+            return SyncMethod.MSYNC
+        return SyncMethod.FDATASYNC
 
     def free_bytes(self) -> int | None:
         info = os.fstatvfs(self._fd)

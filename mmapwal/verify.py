@@ -104,7 +104,7 @@ def _inspect(directory: Directory, superblock: Superblock, progress: Progress | 
         problems += _later_problems(table, superblock, found)
         seal = superblock.seal
         if seal is not None and not problems and index is not None and index.crc() == seal.index_crc:
-            problems += _index_problems(index, found.slots, seal.lsn)
+            problems += _index_problems(index, found.slots[0], seal.lsn)
     finally:
         if index is not None:
             index.close()

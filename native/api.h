@@ -99,10 +99,23 @@ enum mw_error {
 
 /* ---- checksums ---- */
 
+struct mw_sum { const uint8_t *data; uint64_t bytes; uint32_t crc; };
+
 uint32_t mw_crc32c(uint32_t seed, const void *data, uint64_t bytes);
-uint32_t mw_crc32c_portable(uint32_t seed, const void *data, uint64_t bytes);
-int mw_crc32c_hardware(void);
 int mw_crc32c_guarded(uint32_t seed, const void *data, uint64_t bytes, uint32_t *crc);
+/* Many at once, so that their latencies overlap. crc: the seed, and then the checksum. */
+void mw_crc32c_many(struct mw_sum *sums, uint64_t count);
+/* What header_crc of each of these headers has to be. */
+void mw_crc32c_frames(uint32_t salt, const struct mw_frame *frames, uint64_t count, uint32_t *crcs);
+
+enum mw_crc32c_ways { MW_CRC32C_PORTABLE = 0, MW_CRC32C_INSTRUCTION = 1, MW_CRC32C_FOLD = 2 };
+
+int mw_crc32c_best(void);       /* the way that the three above take on this processor */
+/* The same, each by a chosen way; -ENOTSUP where the processor has it not. */
+int mw_crc32c_by(int way, uint32_t seed, const void *data, uint64_t bytes, uint32_t *crc);
+int mw_crc32c_many_by(int way, struct mw_sum *sums, uint64_t count);
+int mw_crc32c_frames_by(int way, uint32_t salt, const struct mw_frame *frames, uint64_t count,
+                        uint32_t *crcs);
 
 /* ---- files ---- */
 
@@ -135,11 +148,13 @@ int mw_has_rwf_dsync(int fd);
 int64_t mw_file_read(struct mw_file *file, uint64_t offset, void *data, uint64_t bytes);
 int mw_file_zero(struct mw_file *file, uint64_t offset, uint64_t bytes);
 int mw_fd_sync(int fd);
+int mw_fd_start_writeback(int fd, uint64_t offset, uint64_t bytes);
 int mw_fd_datasync(int fd);
 int mw_map(int fd, uint64_t bytes, int writable, void **address);
 void mw_unmap(void *address, uint64_t bytes);
 int mw_map_sync(void *address, uint64_t bytes);
 int mw_populate(void *address, uint64_t bytes, int writable);
+int mw_resident(void *address, uint64_t bytes);
 int mw_copy_guarded(void *to, const void *from, uint64_t bytes);
 
 /* ---- frames ---- */
@@ -192,6 +207,9 @@ struct mw_scan {
     uint64_t entry_count;
     uint64_t hidden_count;      /* entries that a removal hides */
     uint64_t op;                /* of the bad frame, when its header can be believed; or 0 */
+    uint64_t first_op;          /* all ops that came into the slots are within these two; 0: none did */
+    uint64_t last_op;
+    uint32_t first_epoch;       /* of the first good frame */
     int stop;
 };
 
@@ -221,6 +239,11 @@ struct mw_summary {
     uint64_t last_op;
 };
 
+/* Of two neighbouring stretches of frames, each scanned into slots of its own: whether two ops want
+ * one slot; and the slots of both as one, `rows` of them from `first` on, and what they hold. */
+int mw_slots_clash(const struct mw_slot *older, const struct mw_slot *newer, uint64_t slot_count);
+int mw_slots_merge(struct mw_slot *to, const struct mw_slot *older, const struct mw_slot *newer,
+                   uint64_t first, uint64_t rows, struct mw_summary *out);
 int mw_slots_clear(struct mw_slot *slots, uint64_t slot_count);
 int mw_slots_summary(const struct mw_slot *slots, uint64_t slot_count, struct mw_summary *out);
 int mw_slots_copy(struct mw_slot *to, const struct mw_slot *from, uint64_t slot_count);
@@ -246,6 +269,7 @@ struct mw_cursor {
     uint64_t lsn;               /* on an error: where */
     uint32_t segment;           /* on MW_E_TABLE: the row whose mapping is missing, or UINT32_MAX */
     uint32_t uniform;           /* all rows are in one segment */
+    uint64_t stride;            /* and all payloads of one length, this far apart; or 0 */
 };
 
 /* Fills at most `max` rows with the live entries of cursor->op .. cursor->last_op, checked when
@@ -328,7 +352,8 @@ void mw_writer_free(struct mw_writer *w);
 int64_t mw_append(struct mw_writer *w, const char *data, uint64_t bytes, int64_t op, int32_t kind,
                   int64_t timestamp_ns, uint32_t flags);
 int64_t mw_append_next(struct mw_writer *w, const char *data, uint64_t bytes, int32_t kind);
-int64_t mw_append_many(struct mw_writer *w, const char *data, const uint64_t *lengths,
+/* `lengths`: `count` packed uint64_t, whose sum `data` holds. */
+int64_t mw_append_many(struct mw_writer *w, const char *data, const void *lengths,
                        const uint16_t *kinds, uint64_t count, int64_t first_op, int32_t kind,
                        int64_t timestamp_ns, uint32_t flags);
 int mw_sync(struct mw_writer *w, uint32_t flags);
@@ -354,7 +379,7 @@ enum { MW_OUTCOMES = 8 };
 struct mw_outcome { uint64_t ticket; int32_t result; uint32_t reserved; }; /* of all up to it, from the one before on */
 
 int64_t mw_submit_next(struct mw_writer *w, const char *data, uint64_t bytes, int32_t kind);
-int64_t mw_submit_many(struct mw_writer *w, const char *data, const uint64_t *lengths, uint64_t count,
+int64_t mw_submit_many(struct mw_writer *w, const char *data, const void *lengths, uint64_t count,
                        int64_t first_op, int32_t kind, int64_t timestamp_ns, uint32_t flags);
 int mw_outcomes(struct mw_writer *w, struct mw_outcome *out);
 int mw_committer_kick(struct mw_writer *w);

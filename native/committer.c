@@ -40,7 +40,7 @@ int64_t mw_submit_next(struct mw_writer *w, const char *data, uint64_t bytes, in
     return mw_submit_many(w, data, &bytes, 1, 0, kind, 0, MW_NOW);
 }
 
-int64_t mw_submit_many(struct mw_writer *w, const char *data, const uint64_t *lengths, uint64_t count,
+int64_t mw_submit_many(struct mw_writer *w, const char *data, const void *lengths, uint64_t count,
                        int64_t first_op, int32_t kind, int64_t timestamp_ns, uint32_t flags) {
     if (w->forked) return MW_E_FORKED;
     if (count == 0) return -EINVAL;

@@ -13,6 +13,8 @@
 
 #include "mmapwal.h"
 
+#define MW_RESIDENT_LOOKS 16u
+
 #ifndef MADV_POPULATE_READ
 #define MADV_POPULATE_READ 22
 #define MADV_POPULATE_WRITE 23
@@ -161,6 +163,12 @@ int mw_fd_datasync(int fd) {
     return rc != 0 ? -errno : 0;
 }
 
+/* Has the kernel begin to write a range, and returns: nothing is durable by it, and it takes no note of
+ * an error away from the sync that has to tell. Not SYNC_FILE_RANGE_WAIT_*: those would. */
+int mw_fd_start_writeback(int fd, uint64_t offset, uint64_t bytes) {
+    return sync_file_range(fd, (off_t)offset, (off_t)bytes, SYNC_FILE_RANGE_WRITE) != 0 ? -errno : 0;
+}
+
 int mw_map(int fd, uint64_t bytes, int writable, void **address) {
     int protection = writable ? PROT_READ | PROT_WRITE : PROT_READ;
     void *at = mmap(NULL, bytes, protection, MAP_SHARED, fd, 0);
@@ -182,6 +190,17 @@ int mw_map_sync(void *address, uint64_t bytes) {
  * loads that follow under the guard will tell. */
 int mw_populate(void *address, uint64_t bytes, int writable) {
     return madvise(address, bytes, writable ? MADV_POPULATE_WRITE : MADV_POPULATE_READ) != 0 ? -errno : 0;
+}
+
+/* 1: of a file's mapping, all pages that were looked at are in the page cache; 0: not, or nobody knows. */
+int mw_resident(void *address, uint64_t bytes) {
+    const uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE), pages = bytes / page;
+    const uint64_t looks = pages < MW_RESIDENT_LOOKS ? pages : MW_RESIDENT_LOOKS;
+    for (uint64_t i = 0; i < looks; i++) {
+        unsigned char in = 0;
+        if (mincore((uint8_t *)address + pages * i / looks * page, page, &in) != 0 || !(in & 1)) return 0;
+    }
+    return 1;
 }
 
 int64_t mw_fs_type(int fd) {

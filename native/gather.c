@@ -4,6 +4,8 @@
 
 #include "mmapwal.h"
 
+#define AHEAD 16u /* rows whose checksums are taken together */
+
 struct gather {
     const struct mw_slot *slots;
     uint64_t slot_count;
@@ -14,7 +16,14 @@ struct gather {
     struct mw_columns *out;
     uint64_t max, count;
     int verify;
-    uint64_t hint; /* row of the table where the last entry was */
+    uint64_t hint;          /* row of the table where the last entry was */
+    uint64_t ahead;
+    /* Rows that were taken and not settled: their frames, and the positions they were found at. */
+    struct mw_frame frames[AHEAD];
+    uint64_t at[AHEAD];
+    uint64_t pending;
+    /* What was checked, should the disk fail from here on. */
+    volatile uint64_t settled, settled_at;
 };
 
 static uint64_t find(struct gather *g, uint64_t lsn) {
@@ -47,8 +56,25 @@ static int check_sums(const struct mw_segment_ref *ref, const struct mw_frame *f
     return f->payload_crc == mw_crc32c(0, payload, f->length) ? 0 : MW_E_CORRUPT;
 }
 
+/* The next to look at: the op itself, or its place in `ops`. */
+static uint64_t *position(struct gather *g) { return g->ops != NULL ? g->taken : &g->cursor->op; }
+
+static bool more(struct gather *g) {
+    if (g->ops == NULL) return g->cursor->op <= g->cursor->last_op;
+    if (*g->taken >= g->op_count) return false;
+    g->cursor->op = g->ops[*g->taken];
+    return true;
+}
+
+/* Whether the slot of the op still names the frame, which then is damaged. */
+static bool is_still(const struct gather *g, uint64_t op, uint64_t lsn) {
+    struct mw_slot slot;
+    return mw_slot_load(g->slots, g->slot_count, op, &slot) == 0 && slot.lsn == lsn;
+}
+
 /* 1: a row was added, 0: nothing live there. */
-static int take(struct gather *g, uint64_t op) {
+static int take(struct gather *g) {
+    uint64_t op = g->cursor->op;
     for (;;) {
         struct mw_slot slot;
         int rc = mw_slot_load(g->slots, g->slot_count, op, &slot);
@@ -60,55 +86,114 @@ static int take(struct gather *g, uint64_t op) {
             g->cursor->segment = (uint32_t)row;
             return MW_E_TABLE;
         }
-        struct mw_frame f;
-        rc = check(ref, &slot, &f);
-        if (rc == 0 && g->verify) rc = check_sums(ref, &f);
-        if (rc != 0) { /* damage, unless the slot went on meanwhile */
-            struct mw_slot again;
-            if (mw_slot_load(g->slots, g->slot_count, op, &again) == 0 && again.lsn == slot.lsn) return rc;
+        struct mw_frame *f = &g->frames[g->pending];
+        rc = check(ref, &slot, f);
+        if (rc != 0) {
+            if (is_still(g, op, slot.lsn)) return rc;
             continue;
         }
+        g->at[g->pending++] = *position(g);
         uint64_t i = g->count++;
         struct mw_columns *out = g->out;
         out->op[i] = op;
-        out->start[i] = MW_PAGE_BYTES + (f.lsn - ref->base_lsn) + MW_FRAME_BYTES;
-        out->end[i] = out->start[i] + f.length;
-        out->lsn[i] = f.lsn;
-        out->timestamp_ns[i] = f.timestamp_ns;
+        out->start[i] = MW_PAGE_BYTES + (f->lsn - ref->base_lsn) + MW_FRAME_BYTES;
+        out->end[i] = out->start[i] + f->length;
+        out->lsn[i] = f->lsn;
+        out->timestamp_ns[i] = f->timestamp_ns;
         out->segment[i] = (uint32_t)row;
-        out->checksum[i] = f.payload_crc;
-        out->kind[i] = f.kind;
+        out->checksum[i] = f->payload_crc;
+        out->kind[i] = f->kind;
         if (row != out->segment[0]) g->cursor->uniform = 0;
         return 1;
     }
 }
 
+/* How many of the pending rows have the right checksums. */
+static uint64_t verified(const struct gather *g) {
+    uint32_t crcs[AHEAD];
+    struct mw_sum sums[AHEAD];
+    const struct mw_columns *out = g->out;
+    uint64_t first = g->count - g->pending, n = 0;
+    while (n < g->pending) { /* rows of one segment have one salt */
+        uint64_t from = n;
+        uint32_t row = out->segment[first + from];
+        while (n < g->pending && out->segment[first + n] == row) n++;
+        mw_crc32c_frames(g->table->refs[row].salt, g->frames + from, n - from, crcs + from);
+        for (uint64_t i = from; i < n; i++) {
+            const uint8_t *frames = g->table->refs[row].frames;
+            sums[i] = (struct mw_sum){frames + (out->start[first + i] - MW_PAGE_BYTES), g->frames[i].length, 0};
+        }
+    }
+    mw_crc32c_many(sums, n);
+    uint64_t right = 0;
+    while (right < n && crcs[right] == g->frames[right].header_crc && sums[right].crc == g->frames[right].payload_crc)
+        right++;
+    return right;
+}
+
+/* Checks the pending rows. Behind one that is wrong all are taken again. */
+static int settle(struct gather *g) {
+    uint64_t right = g->verify ? verified(g) : g->pending, wrong = g->pending - right, first = g->count - wrong;
+    if (wrong != 0) *position(g) = g->at[right];
+    g->count = first;
+    g->pending = 0;
+    __atomic_signal_fence(__ATOMIC_SEQ_CST); /* the rows are in their columns */
+    g->settled = first;
+    g->settled_at = *position(g);
+    if (wrong == 0 || !is_still(g, g->out->op[first], g->out->lsn[first])) return 0;
+    g->cursor->op = g->out->op[first];
+    g->cursor->lsn = g->out->lsn[first];
+    return MW_E_CORRUPT;
+}
+
 static int gather(void *arg) {
     struct gather *g = arg;
-    struct mw_cursor *c = g->cursor;
-    if (g->ops != NULL) {
-        while (g->count < g->max && *g->taken < g->op_count) {
-            c->op = g->ops[*g->taken];
-            int rc = take(g, c->op);
-            if (rc < 0) return rc;
-            ++*g->taken;
+    for (;;) {
+        int failed = 0;
+        while (failed == 0 && g->pending < g->ahead && g->count < g->max && more(g)) {
+            failed = take(g);
+            if (failed >= 0) ++*position(g), failed = 0;
         }
-        return 0;
+        if (g->pending == 0) return failed; /* or all is done */
+        int rc = settle(g); /* a failure behind these comes again */
+        if (rc != 0) return rc;
     }
-    while (g->count < g->max && c->op <= c->last_op) {
-        int rc = take(g, c->op);
-        if (rc < 0) return rc;
-        c->op++;
-    }
-    return 0;
+}
+
+/* -EIO while looking ahead does not tell at which row: the next call looks at each by itself. */
+static int gather_guarded(struct gather *g) {
+    int rc = mw_guarded(gather, g);
+    if (rc == 0) return 0;
+    g->count = g->settled;
+    g->pending = 0;
+    if (rc == -EIO) *position(g) = g->settled_at;
+    if (rc != -EIO || g->count != 0 || g->ahead == 1) return rc;
+    g->ahead = 1;
+    return gather_guarded(g);
+}
+
+/* What start[0] and end[0] say of all rows when each payload begins so far behind the one before; or 0. */
+static uint64_t stride_of(const struct gather *g) {
+    const struct mw_columns *out = g->out;
+    if (g->count == 0 || !g->cursor->uniform) return 0;
+    uint64_t length = out->end[0] - out->start[0], least = mw_frame_bytes(length);
+    uint64_t stride = g->count > 1 ? out->start[1] - out->start[0] : least;
+    if (stride < least || stride > INT64_MAX) return 0; /* above: the second one lies before the first */
+    for (uint64_t i = 1; i < g->count; i++)
+        if (out->start[i] - out->start[i - 1] != stride || out->end[i] - out->start[i] != length) return 0;
+    return stride;
 }
 
 int64_t mw_gather(const struct mw_slot *slots, uint64_t slot_count, const struct mw_table *table,
                   struct mw_cursor *cursor, const uint64_t *ops, uint64_t op_count, uint64_t *taken,
                   struct mw_columns *out, uint64_t max, int verify) {
-    struct gather g = {slots, slot_count, table, cursor, ops, op_count, taken, out, max, 0, verify, 0};
+    struct gather g = {.slots = slots, .slot_count = slot_count, .table = table, .cursor = cursor, .ops = ops,
+                       .op_count = op_count, .taken = taken, .out = out, .max = max, .verify = verify,
+                       .ahead = AHEAD};
     cursor->uniform = 1;
-    int rc = mw_guarded(gather, &g);
+    g.settled_at = *position(&g);
+    int rc = gather_guarded(&g);
+    cursor->stride = stride_of(&g);
     return rc < 0 && g.count == 0 ? rc : (int64_t)g.count; /* what was taken first; the error comes again */
 }
 

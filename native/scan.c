@@ -4,24 +4,33 @@
 
 #include "mmapwal.h"
 
-#define PREFETCH_BYTES 1024u
+#define GROUP 8u /* frames that are looked at together */
+
+/* The next frames as their lengths say, nothing believed yet: copies of their headers, and what their
+ * checksums have to be. Many short checksums one by one would wait for each other's results. */
+struct group {
+    struct mw_frame frames[GROUP];
+    uint32_t header_crc[GROUP];
+    uint32_t payload_crc[GROUP];
+    unsigned count, next;
+};
 
 static uint64_t end_lsn(const struct mw_scan *s) {
     uint64_t end = s->base_lsn + s->capacity;
     return s->limit_lsn < end ? s->limit_lsn : end;
 }
 
-static bool is_blank(const uint8_t *p) {
+static bool is_blank(const struct mw_frame *f) {
     uint64_t word[MW_FRAME_BYTES / 8];
-    memcpy(word, p, sizeof word);
+    memcpy(word, f, sizeof word);
     uint64_t any = 0;
     for (size_t i = 0; i < MW_FRAME_BYTES / 8; i++) any |= word[i];
     return any == 0;
 }
 
 /* The header alone: checksum, place, bounds, epoch. 0, or why it is no frame. */
-static int check_header(const struct mw_scan *s, const struct mw_frame *f, uint64_t lsn) {
-    if (f->header_crc != mw_frame_crc(f, s->salt)) return MW_STOP_HEADER;
+static int check_header(const struct mw_scan *s, const struct mw_frame *f, uint64_t lsn, uint32_t crc) {
+    if (f->header_crc != crc) return MW_STOP_HEADER;
     if (f->lsn != lsn) return MW_STOP_PLACE;
     if (f->type < MW_ENTRY || f->type > MW_PAD) return MW_STOP_TYPE;
     if (f->epoch > s->epoch) return MW_STOP_FUTURE_EPOCH;
@@ -30,14 +39,53 @@ static int check_header(const struct mw_scan *s, const struct mw_frame *f, uint6
     return 0;
 }
 
-static int check_frame(struct mw_scan *s, const struct mw_frame *f, const uint8_t *at) {
-    int stop = check_header(s, f, s->lsn);
+/* Copies the headers of as many frames as follow each other from s->lsn on, up to the group's size. */
+static void copy_headers(const struct mw_scan *s, struct group *g, uint64_t end) {
+    uint64_t lsn = s->lsn;
+    g->next = g->count = 0;
+    while (g->count < GROUP && lsn < end && end - lsn >= MW_FRAME_BYTES) {
+        const uint8_t *at = s->frames + (lsn - s->base_lsn);
+        struct mw_frame *f = &g->frames[g->count++];
+        memcpy(f, at, sizeof *f);
+        uint64_t bytes = mw_frame_bytes(f->length);
+        if (f->type == 0 || f->type == MW_END || bytes > s->base_lsn + s->capacity - lsn) return;
+        __builtin_prefetch(at + GROUP * bytes); /* where a frame of the next group begins, if all are alike */
+        __builtin_prefetch(at + GROUP * bytes + offsetof(struct mw_frame, length));
+        lsn += bytes;
+    }
+}
+
+/* A payload is read only when its header is right: until then its length is anyone's. */
+static void look_ahead(const struct mw_scan *s, struct group *g, uint64_t end) {
+    struct mw_sum sums[GROUP];
+    unsigned of[GROUP], count = 0;
+    copy_headers(s, g, end);
+    mw_crc32c_frames(s->salt, g->frames, g->count, g->header_crc);
+    uint64_t lsn = s->lsn;
+    for (unsigned i = 0; i < g->count; i++) {
+        const struct mw_frame *f = &g->frames[i];
+        if (check_header(s, f, lsn, g->header_crc[i]) != 0) {
+            g->count = i + 1;
+            break;
+        }
+        if (f->type == MW_ENTRY) {
+            of[count] = i;
+            sums[count++] = (struct mw_sum){s->frames + (lsn - s->base_lsn) + MW_FRAME_BYTES, f->length, 0};
+        }
+        lsn += mw_frame_bytes(f->length);
+    }
+    mw_crc32c_many(sums, count);
+    for (unsigned i = 0; i < count; i++) g->payload_crc[of[i]] = sums[i].crc;
+}
+
+static int check_frame(struct mw_scan *s, const struct group *g) {
+    const struct mw_frame *f = &g->frames[g->next];
+    int stop = check_header(s, f, s->lsn, g->header_crc[g->next]);
     if (stop != 0) return stop;
     s->op = f->op;
     if (f->link != s->link) return MW_STOP_LINK;
     if (f->epoch < s->last_epoch) return MW_STOP_OLD_EPOCH;
-    if (f->type == MW_ENTRY && f->payload_crc != mw_crc32c(0, at + MW_FRAME_BYTES, f->length))
-        return MW_STOP_PAYLOAD;
+    if (f->type == MW_ENTRY && f->payload_crc != g->payload_crc[g->next]) return MW_STOP_PAYLOAD;
     return 0;
 }
 
@@ -50,6 +98,8 @@ static int insert(struct mw_scan *s, const struct mw_frame *f) {
     if (s->slots == NULL) return 0;
     struct mw_slot *slot = &s->slots[f->op % s->slot_count];
     if (slot->lsn != 0 && slot->op != f->op) return MW_STOP_CONFLICT;
+    if (f->op < s->first_op || s->first_op == 0) s->first_op = f->op;
+    if (f->op > s->last_op) s->last_op = f->op;
     mw_slot_store(slot, f);
     return 0;
 }
@@ -71,37 +121,35 @@ static int insert_batch(struct mw_scan *s, uint64_t to_lsn) {
     return 0;
 }
 
-static int scan(void *arg) {
-    struct mw_scan *s = arg;
+static int scan(struct mw_scan *s) {
     uint64_t end = end_lsn(s);
-    for (;;) {
+    bool inserts = s->slots != NULL || s->removal_count != 0;
+    struct group g = {.count = 0};
+    for (;; g.next++) {
         s->op = 0;
         if (s->lsn >= s->limit_lsn) return MW_STOP_LIMIT;
-        if (s->lsn + MW_FRAME_BYTES > end) return MW_STOP_LENGTH;
-        const uint8_t *at = s->frames + (s->lsn - s->base_lsn);
-        struct mw_frame f;
-        memcpy(&f, at, sizeof f);
-        if (f.type == 0 && is_blank(at)) return MW_STOP_BLANK;
-        int stop = check_frame(s, &f, at);
+        if (end - s->lsn < MW_FRAME_BYTES) return MW_STOP_LENGTH;
+        if (g.next == g.count) look_ahead(s, &g, end);
+        const struct mw_frame *f = &g.frames[g.next];
+        if (f->type == 0 && is_blank(f)) return MW_STOP_BLANK;
+        int stop = check_frame(s, &g);
         if (stop != 0) return stop;
-        uint64_t bytes = mw_frame_bytes(f.length), next = s->lsn + bytes;
-        for (uint64_t line = 0; line < bytes && line < PREFETCH_BYTES; line += 64)
-            __builtin_prefetch(at + PREFETCH_BYTES + line);
-        if (!(f.flags & MW_FLAG_MORE)) {
+        uint64_t next = s->lsn + mw_frame_bytes(f->length);
+        if (inserts && !(f->flags & MW_FLAG_MORE)) {
             if (s->batch_lsn != s->lsn && (stop = insert_batch(s, s->lsn)) != 0) return stop;
-            if (f.type == MW_ENTRY && (stop = insert(s, &f)) != 0) return stop;
+            if (f->type == MW_ENTRY && (stop = insert(s, f)) != 0) return stop;
         }
-        if (f.type == MW_ENTRY) s->entry_count++;
-        s->frame_count++;
-        if (f.durable_lsn > s->durable_lsn) s->durable_lsn = f.durable_lsn;
-        s->last_epoch = f.epoch;
-        s->link = f.type == MW_GAP ? f.payload_crc : f.header_crc;
+        if (f->type == MW_ENTRY) s->entry_count++;
+        if (s->frame_count++ == 0) s->first_epoch = f->epoch;
+        if (f->durable_lsn > s->durable_lsn) s->durable_lsn = f->durable_lsn;
+        s->last_epoch = f->epoch;
+        s->link = f->type == MW_GAP ? f->payload_crc : f->header_crc;
         s->lsn = next;
-        if (!(f.flags & MW_FLAG_MORE)) {
+        if (!(f->flags & MW_FLAG_MORE)) {
             s->batch_lsn = next;
             s->batch_link = s->link;
         }
-        if (f.type == MW_END) return MW_STOP_END;
+        if (f->type == MW_END) return MW_STOP_END;
     }
 }
 
@@ -126,7 +174,7 @@ static int hunt(void *arg) {
         if (claimed != lsn) continue; /* the cheap test: nearly everything ends here */
         struct mw_frame f;
         memcpy(&f, at, sizeof f);
-        int stop = check_header(s, &f, lsn);
+        int stop = check_header(s, &f, lsn, mw_frame_crc(&f, s->salt));
         if (stop == MW_STOP_FUTURE_EPOCH) s->stop = stop;
         if (stop != 0) continue;
         s->frame_count++;

@@ -69,16 +69,17 @@ int mw_slots_clear(struct mw_slot *slots, uint64_t slot_count) {
     return mw_guarded(clear, &r);
 }
 
+static void count_slot(struct mw_summary *sum, uint64_t op) {
+    sum->live++;
+    if (op < sum->first_op) sum->first_op = op;
+    if (op > sum->last_op) sum->last_op = op;
+}
+
 static int summarise(void *arg) {
     struct ring *r = arg;
     struct mw_summary sum = {0, UINT64_MAX, 0};
-    for (uint64_t i = 0; i < r->slot_count; i++) {
-        if (r->slots[i].lsn == 0) continue;
-        uint64_t op = r->slots[i].op;
-        sum.live++;
-        if (op < sum.first_op) sum.first_op = op;
-        if (op > sum.last_op) sum.last_op = op;
-    }
+    for (uint64_t i = 0; i < r->slot_count; i++)
+        if (r->slots[i].lsn != 0) count_slot(&sum, r->slots[i].op);
     if (sum.live == 0) sum.first_op = 0;
     *r->summary = sum;
     return 0;
@@ -101,6 +102,40 @@ static int copy_slots(void *arg) {
 int mw_slots_copy(struct mw_slot *to, const struct mw_slot *from, uint64_t slot_count) {
     struct ring r = {.slots = from, .to = to, .slot_count = slot_count};
     return mw_guarded(copy_slots, &r);
+}
+
+struct merge {
+    struct mw_slot *to;
+    const struct mw_slot *older, *newer;
+    uint64_t first, end;
+    struct mw_summary *summary;
+};
+
+static int merge(void *arg) {
+    struct merge *m = arg;
+    struct mw_summary sum = {0, UINT64_MAX, 0};
+    for (uint64_t i = m->first; i < m->end; i++) {
+        const struct mw_slot slot = m->newer[i].lsn != 0 ? m->newer[i] : m->older[i];
+        m->to[i] = slot;
+        if (slot.lsn != 0) count_slot(&sum, slot.op);
+    }
+    if (sum.live == 0) sum.first_op = 0;
+    *m->summary = sum;
+    return 0;
+}
+
+/* Not against concurrent stores or readers: nobody has the index yet. */
+int mw_slots_merge(struct mw_slot *to, const struct mw_slot *older, const struct mw_slot *newer,
+                   uint64_t first, uint64_t rows, struct mw_summary *out) {
+    struct merge m = {to, older, newer, first, first + rows, out};
+    return mw_guarded(merge, &m);
+}
+
+/* Both in private memory. */
+int mw_slots_clash(const struct mw_slot *older, const struct mw_slot *newer, uint64_t slot_count) {
+    for (uint64_t i = 0; i < slot_count; i++)
+        if (older[i].lsn != 0 && newer[i].lsn != 0 && older[i].op != newer[i].op) return 1;
+    return 0;
 }
 
 static uint32_t progress_check(const struct mw_index_header *page, const struct mw_progress *p) {

@@ -168,18 +168,26 @@ static int64_t now_ns(void) {
     return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
 }
 
-static int sizes(const uint64_t *lengths, uint64_t count, uint64_t *bytes) {
+/* Packed 64-bit numbers, at any address: they come as bytes of Python. */
+static uint64_t length_at(const void *lengths, uint64_t i) {
+    uint64_t length;
+    memcpy(&length, (const char *)lengths + i * sizeof length, sizeof length);
+    return length;
+}
+
+static int sizes(const void *lengths, uint64_t count, uint64_t *bytes) {
     *bytes = 0;
     for (uint64_t i = 0; i < count; i++) {
-        if (lengths[i] > INT32_MAX) return MW_E_TOO_LARGE;
-        *bytes += mw_frame_bytes(lengths[i]);
+        uint64_t length = length_at(lengths, i);
+        if (length > INT32_MAX) return MW_E_TOO_LARGE;
+        *bytes += mw_frame_bytes(length);
         if (*bytes > INT32_MAX) return MW_E_TOO_LARGE;
     }
     return 0;
 }
 
 /* Stages `count` entries as one batch, or none of them. The first op, or an error. */
-int64_t stage(struct mw_writer *w, const char *data, const uint64_t *lengths, const uint16_t *kinds,
+int64_t stage(struct mw_writer *w, const char *data, const void *lengths, const uint16_t *kinds,
               uint64_t count, int64_t op, int32_t kind, int64_t timestamp_ns, uint32_t flags) {
     int rc = check_usable(w);
     if (rc != 0) return rc;
@@ -199,11 +207,12 @@ int64_t stage(struct mw_writer *w, const char *data, const uint64_t *lengths, co
     if (flags & MW_NOW) timestamp_ns = now_ns();
     uint64_t from = w->open->bytes;
     for (uint64_t i = 0; i < count; i++) {
-        struct mw_frame f = {.op = first + i, .timestamp_ns = timestamp_ns, .length = (uint32_t)lengths[i],
+        uint32_t length = (uint32_t)length_at(lengths, i);
+        struct mw_frame f = {.op = first + i, .timestamp_ns = timestamp_ns, .length = length,
                              .kind = kinds != NULL ? kinds[i] : (uint16_t)kind, .type = MW_ENTRY,
                              .flags = i + 1 < count ? MW_FLAG_MORE : 0};
         put(w, &f, data);
-        data += lengths[i];
+        data += length;
         uint64_t slot = f.op % w->config.slot_count;
         w->pending[slot / 8] |= (uint8_t)(1u << slot % 8);
     }

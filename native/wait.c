@@ -28,8 +28,10 @@ static void sleep_on(uint32_t *word, uint32_t seen) {
     syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0); /* whatever it says, who sleeps looks again */
 }
 
-/* The word changes first, so nobody who is about to sleep misses it. */
+/* The word changes first, so nobody who is about to sleep misses it. A leader alone wakes nobody. */
 static void wake(struct group *g, int count) {
+    if (g->sleeping == 0) return;
+    if (count == INT_MAX) g->sleeping = 0;
     __atomic_add_fetch(&g->turn, 1, __ATOMIC_RELEASE);
     syscall(SYS_futex, &g->turn, FUTEX_WAKE_PRIVATE, count, NULL, NULL, 0);
 }
@@ -97,6 +99,7 @@ int wait_durable(struct mw_writer *w) {
     while (!me.done) {
         if (w->leading) {
             uint32_t seen = g->turn;
+            g->sleeping++;
             pthread_mutex_unlock(&w->mutex);
             sleep_on(&g->turn, seen);
             if (__atomic_load_n(&me.done, __ATOMIC_ACQUIRE)) return me.result;

@@ -72,7 +72,7 @@ int64_t mw_append_next(struct mw_writer *w, const char *data, uint64_t bytes, in
     return mw_append_many(w, data, &bytes, NULL, 1, 0, kind, 0, MW_NOW);
 }
 
-int64_t mw_append_many(struct mw_writer *w, const char *data, const uint64_t *lengths,
+int64_t mw_append_many(struct mw_writer *w, const char *data, const void *lengths,
                        const uint16_t *kinds, uint64_t count, int64_t first_op, int32_t kind,
                        int64_t timestamp_ns, uint32_t flags) {
     if (w->forked) return MW_E_FORKED;

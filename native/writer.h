@@ -39,6 +39,7 @@ struct group {
     uint32_t part_count, waiter_count;
     struct waiter *waiters;
     uint32_t turn;             /* changes when its waiters are told, or one shall lead */
+    uint32_t sleeping;         /* how many may sleep on it, at most: none was woken since */
 };
 
 struct mw_writer {
@@ -88,7 +89,7 @@ static inline struct mw_target *target_at(struct mw_writer *w, uint64_t number) 
 
 int check_usable(const struct mw_writer *w);
 int check_sound(const struct mw_writer *w);
-int64_t stage(struct mw_writer *w, const char *data, const uint64_t *lengths, const uint16_t *kinds,
+int64_t stage(struct mw_writer *w, const char *data, const void *lengths, const uint16_t *kinds,
               uint64_t count, int64_t op, int32_t kind, int64_t timestamp_ns, uint32_t flags);
 int stage_end(struct mw_writer *w);
 void align_stage(struct mw_writer *w);

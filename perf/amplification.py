@@ -42,6 +42,7 @@ from mmapwal import Journal
 SECTOR_BYTES = 512
 BATCH = 64
 WARM = 100
+PASSES = 8
 IMAGE_BYTES = 2 << 30
 
 
@@ -187,10 +188,11 @@ class Amplification:
         }
 
 
-def measure_journal(device: Device, commits: int, batch: int) -> Amplification:
+def measure_journal(device: Device, commits: int, batch: int, passes: int = 1) -> Amplification:
+    """`passes`: how often the ring of slots is passed; a checkpoint every half of it."""
     payload = random_bytes(PAYLOAD_BYTES)
-    path = device.folder / f"journal{batch}"
-    slots = max(65_536, 1 << ((commits + WARM) * batch).bit_length())
+    path = device.folder / f"journal{batch}x{passes}"
+    slots = 1 << ((commits + WARM) * batch // passes).bit_length()
     with Journal(path, slots=slots) as journal:
         call: Callable[[], object] = (
             (lambda: journal.append(payload))
@@ -201,8 +203,10 @@ def measure_journal(device: Device, commits: int, batch: int) -> Amplification:
             call()
         segments = settled_segments(path)
         before = device.read()
-        for _ in range(commits):
+        for n in range(1, commits + 1):
             call()
+            if passes > 1 and n % (slots // batch // 2) == 0:
+                journal.set_snapshot_op(n * batch)
         made = {n: s for n, s in settled_segments(path).items() if n not in segments}
         after = device.read()
     user = commits * batch * PAYLOAD_BYTES
@@ -241,6 +245,7 @@ def measure(folder: Path, commits: int) -> dict[str, Amplification]:
         few = max(100, commits // 20)
         entries = "1 entry" if batch == 1 else f"{batch} entries"
         results[f"journal, {entries} a sync"] = measure_journal(device, mine, batch)
+        results[f"journal, {entries} a sync, checkpoints"] = measure_journal(device, mine, batch, PASSES)
         for name, method, prepared in (
             ("raw pwrite + fdatasync", Method.FDATASYNC, 32 * MIB),
             ("raw pwritev2(RWF_DSYNC)", Method.RWF_DSYNC, 32 * MIB),
@@ -258,6 +263,10 @@ def report_all(report: Report, results: dict[str, Amplification]) -> None:
         "device bytes / user bytes, 1 entry a sync", [one.bytes_ratio], target=17.5, aim=17.3, at_least=False
     )
     report.add("zeros prepared / user bytes, 1 entry a sync", [one.prepared_ratio])
+    for entries, aim in (("1 entry", 17.3), (f"{BATCH} entries", 1.55)):
+        again = results[f"journal, {entries} a sync, checkpoints"]
+        name = f"device bytes / user bytes, {entries} a sync, slots used {PASSES} times"
+        report.add(name, [again.bytes_ratio], aim=aim, at_least=False)
     report.add(f"flushes a commit, {BATCH} entries a sync", [many.flush_ratio], aim=1.01, at_least=False)
     report.add(
         f"device bytes / user bytes, {BATCH} entries a sync", [many.bytes_ratio], aim=1.55, at_least=False
@@ -268,11 +277,11 @@ def report_all(report: Report, results: dict[str, Amplification]) -> None:
         aim=1.35,
         at_least=False,
     )
-    head = f"{'':42}{'commits':>9}{'bytes':>9}{'flushes':>9}{'writes':>9}{'segments':>10}"
+    head = f"{'':44}{'commits':>9}{'bytes':>9}{'flushes':>9}{'writes':>9}{'segments':>10}"
     report.notes += ["for a byte of the user / for a commit:", head]
     for name, a in results.items():
         report.notes.append(
-            f"{name:42}{a.commits:>9,}{number(a.bytes_ratio):>9}{number(a.flush_ratio):>9}"
+            f"{name:44}{a.commits:>9,}{number(a.bytes_ratio):>9}{number(a.flush_ratio):>9}"
             f"{number(a.device.writes / a.commits):>9}{a.segments_made:>10}"
         )
     report.extra["counters"] = {name: a.as_dict() for name, a in results.items()}

@@ -392,7 +392,10 @@ class SqliteLog:
     """The same work in sqlite3: a table, WAL, synchronous=FULL, one transaction a call."""
 
     def __init__(self, path: Path) -> None:
-        self._db = sqlite3.connect(path, isolation_level=None)
+        self._db: Any = sqlite3.connect(path, isolation_level=None)
+        self._prepare()
+
+    def _prepare(self) -> None:
         for pragma in ("journal_mode=WAL", "synchronous=FULL"):
             self._db.execute(f"PRAGMA {pragma}")
         self._db.execute("CREATE TABLE log (op INTEGER PRIMARY KEY, payload BLOB)")

@@ -3,11 +3,16 @@
 Stands alone: it needs the C compiler and numpy, not the journal. Every cell is a C loop that writes
 `batch` records of `size` bytes and makes them durable together; all ways of one size and batch are
 run in turns, A B C A B C, and held against pwrite + fdatasync of the same turn.
+
+With --file-systems, as root, the same on file systems of those kinds, each made in an image below --dir
+and mounted by a loop device: with all of them and a size or two and a batch or two, a minute.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -29,6 +34,7 @@ from common import (
     save,
     workspace,
 )
+from mounts import CannotMountError, kinds, mounted
 from raw import Method, RawFile, Timing, raw_file
 
 SIZES = (64, 256, 1024, 4096, 65536)
@@ -69,8 +75,10 @@ def measure_cell(
     return interleave(contenders, rounds)
 
 
-def measure(folder: Path, rounds: int, count: int) -> list[dict[str, Any]]:
+def measure(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
     """One dict a cell: way, size, batch, syncs and records a second, latency, ratio to the reference."""
+    rounds = args.rounds or (3 if args.quick else 15)
+    count = 8 if args.quick else 24
     cells: list[dict[str, Any]] = []
     with ExitStack() as stack:
         files: dict[str, RawFile] = {}
@@ -79,8 +87,8 @@ def measure(folder: Path, rounds: int, count: int) -> list[dict[str, Any]]:
                 files[name] = stack.enter_context(raw_file(folder / f"file{at}", method, **how))
             except OSError as e:  # fallocate is refused on some file systems
                 print(f"{name}: {e}", file=sys.stderr)
-        for size in SIZES:
-            for batch in BATCHES:
+        for size in args.sizes:
+            for batch in args.batches:
                 if size * batch > WRITE_BYTES_MAX:
                     continue
                 results = measure_cell(files, size, batch, rounds, count)
@@ -107,9 +115,9 @@ def median(samples: list[float]) -> float:
 def table(cells: list[dict[str, Any]]) -> list[str]:
     """One block a batch: rows are ways, columns are sizes; records a second and, in brackets, the ratio."""
     lines: list[str] = []
-    for batch in BATCHES:
+    for batch in sorted({c["batch"] for c in cells}):
         here = [c for c in cells if c["batch"] == batch]
-        sizes = [s for s in SIZES if any(c["bytes"] == s for c in here)]
+        sizes = sorted({c["bytes"] for c in here})
         lines += [f"records a second, {batch} in one sync (and syncs against {REFERENCE}):"]
         lines += ["  " + " " * 26 + "".join(f"{s:>10} bytes     " for s in sizes)]
         for way in WAYS:
@@ -148,20 +156,65 @@ def picture(report: Report, path: Path) -> None:
     save(figure, path)
 
 
+def picture_of_kinds(report: Report, path: Path) -> None:
+    """The rows of the table, with their quartiles."""
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(7, 0.8 + 0.2 * len(report.rows)))
+    for at, row in enumerate(reversed(report.rows)):
+        axes.plot(row.spread, [at, at], color="tab:blue")
+        axes.plot([row.median], [at], "o", ms=4, color="tab:blue")
+    axes.axvline(1, color="black", linestyle="--", linewidth=1)
+    axes.set_xscale("log")
+    axes.set_yticks(range(len(report.rows)), [r.name for r in reversed(report.rows)], fontsize=6)
+    axes.set_xlabel(f"syncs a second against {REFERENCE}")
+    save(figure, path)
+
+
+def add(report: Report, cells: list[dict[str, Any]], kind: str | None) -> None:
+    """One row a way, for the size and batch nearest to the journal's usual: 256 bytes, one."""
+    report.extra.setdefault("cells", []).extend(cells if kind is None else [c | {"on": kind} for c in cells])
+    size = min({c["bytes"] for c in cells}, key=lambda s: abs(s - 256))
+    batch = min(c["batch"] for c in cells)
+    on = f"{kind}, " if kind else ""
+    many = f"{batch} x " if batch > 1 else ""
+    for cell in cells:
+        if (cell["bytes"], cell["batch"]) == (size, batch) and cell["way"] != REFERENCE:
+            report.add(f"{on}{many}{size} bytes: {cell['way']} / {REFERENCE}", cell["ratio"])
+    report.notes += ([f"{kind}:"] if kind else []) + table(cells)
+
+
+def numbers(text: str) -> Sequence[int]:
+    """The value of an option: numbers above 0 with commas between them."""
+    found = [int(n) for n in text.split(",")]
+    if min(found) < 1:
+        raise ValueError("above 0")
+    return found
+
+
 def main() -> int:
-    args = options(__doc__).parse_args()
-    rounds = args.rounds or (3 if args.quick else 15)
-    count = 8 if args.quick else 24
+    parser = options(__doc__)
+    listed = ",".join
+    parser.add_argument("--sizes", type=numbers, default=SIZES, metavar="BYTES",
+                        help=f"of a record (default: {listed(map(str, SIZES))})")  # fmt: skip
+    parser.add_argument("--batches", type=numbers, default=BATCHES, metavar="N",
+                        help=f"records in one sync (default: {listed(map(str, BATCHES))})")  # fmt: skip
+    parser.add_argument("--file-systems", type=kinds, metavar="NAMES",
+                        help="ext4,xfs,btrfs,tmpfs,overlayfs, some of them, or all; needs root")  # fmt: skip
+    args = parser.parse_args()
+    cannot: list[str] = []
     with workspace(args.dir) as folder:
         report = Report("fsync.py", machine(folder))
-        cells = measure(folder, rounds, count)
-    report.extra["cells"] = cells
-    for name in WAYS:
-        cell = [c for c in cells if c["way"] == name and c["bytes"] == 256 and c["batch"] == 1]
-        if cell and name != REFERENCE:
-            report.add(f"256 bytes: {name} / {REFERENCE}", cell[0]["ratio"])
-    report.notes += table(cells)
-    return finish(report, args, picture)
+        if args.file_systems is None:
+            add(report, measure(folder, args), None)
+        for kind in args.file_systems or ():
+            try:
+                with mounted(kind, folder) as where:
+                    add(report, measure(where, args), kind)
+            except CannotMountError as e:
+                cannot.append(f"{kind} cannot be measured: {e}")
+    report.notes += cannot
+    status = finish(report, args, picture_of_kinds if args.file_systems else picture)
+    return status or (2 if cannot else 0)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""What a read costs: by op, random and hot; iteration, checked; and how near the check is to memory.
+"""What a read costs: by op, random and hot; iteration, columns and arrays, all checked; how near the check
+is to memory; and lmdb beside it, with the same ops and payloads, unchecked.
 
 One journal of a million live entries of 256 bytes, 2**20 slots, 16 MiB segments, warm. The absolute
 figures stand beside calibration loops of the same interpreter, so that a slow machine shows.
@@ -6,12 +7,15 @@ figures stand beside calibration loops of the same interpreter, so that a slow m
 
 from __future__ import annotations
 
+import importlib
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from functools import partial
-from itertools import cycle
+from itertools import count as counting
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from common import (
@@ -21,10 +25,12 @@ from common import (
     check_segments,
     fill,
     finish,
+    frame_bytes,
     interleave,
     machine,
     map_segments,
     number,
+    numbered_payloads,
     options,
     ratios,
     shuffled,
@@ -41,7 +47,7 @@ HOT_OPS = 64
 READS = 50_000
 
 
-def time_reads(call: Callable[[int], object], ops: Sequence[int]) -> float:
+def time_reads(call: Callable[[Any], object], ops: Sequence[Any]) -> float:
     """Nanoseconds a call; the loop is in it."""
     start = time.perf_counter_ns()
     for op in ops:
@@ -49,15 +55,50 @@ def time_reads(call: Callable[[int], object], ops: Sequence[int]) -> float:
     return (time.perf_counter_ns() - start) / len(ops)
 
 
-def time_iteration(iterate: Callable[[], object], count: int) -> float:
+def time_iteration(iterate: Callable[[], Iterable[object]], count: int) -> float:
     """Entries a second, in the loop that a user would write."""
     start = time.perf_counter_ns()
     seen = 0
-    for _ in iterate():  # type: ignore[attr-defined]
+    for _ in iterate():
         seen += 1
     elapsed = time.perf_counter_ns() - start
     assert seen == count, f"{seen} entries instead of {count}"
     return seen * 1e9 / elapsed
+
+
+def time_whole(call: Callable[[], Any], count: int, *, parts: bool = False) -> float:
+    """Entries a second of one call that gives them all; or an iterator of arrays."""
+    start = time.perf_counter_ns()
+    found = call()
+    seen = sum(map(len, found)) if parts else len(found)
+    elapsed = time.perf_counter_ns() - start
+    assert seen == count, f"{seen} entries instead of {count}"
+    return seen * 1e9 / elapsed
+
+
+class Lmdb:
+    """The same payloads under the same ops, read in one long transaction, without copies."""
+
+    def __init__(self, path: Path, entries: int) -> None:
+        lmdb = importlib.import_module("lmdb")
+        self._env = lmdb.open(str(path), map_size=4 << 30, sync=False, subdir=False)
+        with self._env.begin(write=True) as txn:
+            for first in range(1, entries + 1, 1000):
+                payloads = numbered_payloads(first, min(1000, entries + 1 - first))
+                for op, payload in enumerate(payloads, first):
+                    txn.put(op.to_bytes(8, "big"), payload, append=True)
+        self._txn = self._env.begin(buffers=True)
+
+    def time_reads(self, ops: Sequence[int]) -> float:
+        """As time_reads(); the keys are made before the clock starts."""
+        return time_reads(self._txn.get, [op.to_bytes(8, "big") for op in ops])
+
+    def cursor(self) -> Any:
+        return self._txn.cursor()
+
+    def close(self) -> None:
+        self._txn.abort()
+        self._env.close()
 
 
 def time_slices(count: int) -> float:
@@ -69,7 +110,7 @@ def time_slices(count: int) -> float:
 
 
 def time_empty_calls(count: int) -> float:
-    call = lib.mw_crc32c_hardware
+    call = lib.mw_crc32c_best
     start = time.perf_counter_ns()
     for _ in range(count):
         call()
@@ -94,19 +135,29 @@ def measure(folder: Path, entries: int, rounds: int) -> dict[str, list[float]]:
     path = folder / "journal"
     with Journal(path, slots=SLOTS, segment_bytes=SEGMENT_BYTES, durability=Durability.OS) as journal:
         fill(journal, entries)
-    fresh = cycle([shuffled(1, entries, READS, seed) for seed in range(3 * (rounds + 1))])
+    seeds = counting()
     hot_ops = [1 + i % HOT_OPS for i in range(READS)]
-    with Journal(path) as journal:
-        check_content(journal, next(fresh))
+
+    def fresh() -> list[int]:
+        return shuffled(1, entries, READS, next(seeds))
+
+    with Journal(path) as journal, closing(Lmdb(folder / "lmdb", entries)) as peer:
+        check_content(journal, fresh())
         segments = map_segments(path)
         memory = np.ones(256 * MIB, np.uint8)
         contenders: dict[str, Callable[[], float]] = {
-            "random": lambda: time_reads(journal.read, next(fresh)),
+            "random": lambda: time_reads(journal.read, fresh()),
+            "lmdb random": lambda: peer.time_reads(fresh()),
             "hot": partial(time_reads, journal.read, hot_ops),
-            "get": lambda: time_reads(journal.get, next(fresh)),
-            "copy": lambda: time_reads(journal.copy, next(fresh)),
+            "lmdb hot": partial(peer.time_reads, hot_ops),
+            "get": lambda: time_reads(journal.get, fresh()),
+            "copy": lambda: time_reads(journal.copy, fresh()),
             "payloads": partial(time_iteration, journal.payloads, entries),
+            "lmdb cursor": partial(time_iteration, peer.cursor, entries),
             "entries": partial(time_iteration, journal.entries, entries),
+            "columns": partial(time_whole, journal.columns, entries),
+            "arrays": partial(time_whole, journal.arrays, entries, parts=True),
+            "headers": partial(time_whole, journal.headers, entries),
             "slice": partial(time_slices, READS),
             "empty call": partial(time_empty_calls, READS),
             "empty loop": partial(time_empty_loop, hot_ops),
@@ -117,6 +168,11 @@ def measure(folder: Path, entries: int, rounds: int) -> dict[str, list[float]]:
         return interleave(contenders, rounds)
 
 
+def frame_rate(scanned: Sequence[float]) -> list[float]:
+    """Entries a second of the check in C, of its bytes a second."""
+    return [v / frame_bytes(PAYLOAD_BYTES) for v in scanned]
+
+
 def main() -> int:
     args = options(__doc__).parse_args()
     entries = 100_000 if args.quick else 1_000_000
@@ -124,13 +180,26 @@ def main() -> int:
     with workspace(args.dir) as folder:
         report = Report("read.py", machine(folder))
         m = measure(folder, entries, rounds)
-    report.add("read(op), random", m["random"], "ns", target=700, aim=550, at_least=False)
-    report.add(f"read(op), hot ({HOT_OPS} ops)", m["hot"], "ns", aim=300, at_least=False)
+    report.add("read(op), random", m["random"], "ns", target=550, at_least=False)
+    report.add(f"read(op), hot ({HOT_OPS} ops)", m["hot"], "ns", target=300, at_least=False)
+    report.add("lmdb get, buffers=True, random", m["lmdb random"], "ns", at_least=False)
+    report.add(f"lmdb get, buffers=True, hot ({HOT_OPS} ops)", m["lmdb hot"], "ns", at_least=False)
+    against = ratios(m["random"], m["lmdb random"])
+    report.add("read(op) / lmdb get, random", against, target=0.35, at_least=False)
     report.add("get(op), random", m["get"], "ns", at_least=False)
     report.add("copy(op), random, checked", m["copy"], "ns", at_least=False)
-    million = {name: [v / 1e6 for v in m[name]] for name in ("payloads", "entries")}
-    report.add("payloads(), checked", million["payloads"], "M/s", target=3, aim=4.5)
-    report.add("entries(), checked", million["entries"], "M/s", target=1.2, aim=2)
+    iterated = ("payloads", "entries", "lmdb cursor", "columns", "arrays", "headers")
+    million = {name: [v / 1e6 for v in m[name]] for name in iterated}
+    report.add("payloads(), checked", million["payloads"], "M/s", target=4.5)
+    report.add("lmdb cursor, unchecked", million["lmdb cursor"], "M/s")
+    report.add("payloads() / lmdb cursor", ratios(m["payloads"], m["lmdb cursor"]), target=2)
+    report.add("entries(), checked", million["entries"], "M/s", target=2)
+    report.add("columns(), checked", million["columns"], "M/s")
+    report.add("arrays(), checked", million["arrays"], "M/s")
+    report.add("headers(), copied", million["headers"], "M/s")
+    check = frame_rate(m["scan"])
+    report.add("arrays() / check in C", ratios(m["arrays"], check))
+    report.add("columns() / check in C", ratios(m["columns"], check))
     report.add("check in C / memory bandwidth", ratios(m["scan"], m["memory"]), aim=0.55)
     giga = {name: [v / 1e9 for v in m[name]] for name in ("scan", "memory", "mapped")}
     report.add("check of all frames in C", giga["scan"], "GB/s")

@@ -1,7 +1,8 @@
 """What group commit gains: 1 .. 16 threads, one durable entry of 256 bytes a call each.
 
 Against the journal with one thread, against the raw C loop that writes one at a time, and against a
-plain leader with followers in C with as many threads.
+plain leader with followers in C with as many threads. Then with one more thread that keeps the interpreter
+busy: against the same journal whose leader goes back to Python for its write.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from common import (
@@ -36,13 +38,15 @@ from common import (
     workspace,
 )
 from raw import Method, Timing, raw_file
+from typing_extensions import Buffer
 
-from mmapwal import Journal
+from mmapwal import Journal, Storage, SyncMethod, SystemDirectory
 
 THREADS = (1, 2, 4, 8, 16)
 RAW, SQLITE = "raw C, one at a time", "sqlite3, one thread"
+BUSY = (8, 16)  # threads, beside one that burns the interpreter
 # against one thread of its own; against the plain group commit in C; against sqlite3
-AIMS: dict[int, tuple[float | None, float | None, float | None]] = {
+TARGETS: dict[int, tuple[float | None, float | None, float | None]] = {
     1: (None, None, None),
     2: (None, None, None),
     4: (2.0, 1.10, 2.5),
@@ -78,6 +82,55 @@ def journal_round(journal: Journal, payload: bytes, threads: int, count: int) ->
     return Timing(ns.ravel(), max(to for _, to in spans) - min(at for at, _ in spans))
 
 
+class PythonFile:
+    """A segment that is written through Python code, as any storage of a user's own is."""
+
+    def __init__(self, file: Storage) -> None:
+        self._file = file
+
+    def __len__(self) -> int:
+        return len(self._file)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def write_sync_at(self, offset: int, data: Buffer) -> int:
+        return self._file.write_sync_at(offset, data)
+
+
+class PythonDirectory(SystemDirectory):
+    """Whoever leads a commit has to come back to the interpreter for the write."""
+
+    def open(
+        self, name: str, *, writable: bool = False, sync_method: SyncMethod = SyncMethod.FDATASYNC
+    ) -> Storage:
+        file = super().open(name, writable=writable, sync_method=sync_method)
+        return PythonFile(file) if writable and name.startswith("segment") else file
+
+
+@contextmanager
+def burning() -> Iterator[None]:
+    """A thread that gives the interpreter away only when it is asked to."""
+    stop = False
+
+    def burn() -> None:
+        while not stop:
+            sum(range(100))
+
+    thread = threading.Thread(target=burn)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop = True
+        thread.join()
+
+
+def busy_round(journal: Journal, payload: bytes, threads: int, count: int) -> Timing:
+    with burning():
+        return journal_round(journal, payload, threads, count)
+
+
 def measure(folder: Path, rounds: int, count: int) -> dict[str, list[Timing]]:
     payload = random_bytes(PAYLOAD_BYTES)
     frame = random_bytes(frame_bytes(PAYLOAD_BYTES))
@@ -91,6 +144,12 @@ def measure(folder: Path, rounds: int, count: int) -> dict[str, list[Timing]]:
             contenders[f"journal {n}"] = partial(journal_round, journal, payload, n, count)
             contenders[f"group {n}"] = partial(group.run_group, frame, n, count)
         contenders[SQLITE] = partial(time_each, sqlite.append, payload, count)
+        storage = PythonDirectory(folder / "python")
+        python = stack.enter_context(Journal(folder / "python", slots=1 << 20, storage=storage))
+        few = max(5, count // 20)  # a turn of the interpreter takes 5 ms
+        for n in BUSY:
+            contenders[f"busy {n}"] = partial(busy_round, journal, payload, n, few)
+            contenders[f"busy python {n}"] = partial(busy_round, python, payload, n, few)
         return interleave(contenders, rounds)
 
 
@@ -122,14 +181,17 @@ def main() -> int:
         results = measure(folder, rounds, 60 if args.quick else 100)
     rate = {name: rates(timings) for name, timings in results.items()}
     for n in THREADS:
-        own, plain, sqlite = AIMS[n]
+        own, plain, sqlite = TARGETS[n]
         mine = rate[f"journal {n}"]
         threads = f"{n} threads" if n > 1 else "one thread"
         if n > 1:
-            report.add(f"{threads} / one thread", ratios(mine, rate["journal 1"]), aim=own)
+            report.add(f"{threads} / one thread", ratios(mine, rate["journal 1"]), target=own)
         report.add(f"{threads} / {RAW}", ratios(mine, rate[RAW]))
-        report.add(f"{threads} / plain group commit in C", ratios(mine, rate[f"group {n}"]), aim=plain)
-        report.add(f"{threads} / {SQLITE}", ratios(mine, rate[SQLITE]), aim=sqlite)
+        report.add(f"{threads} / plain group commit in C", ratios(mine, rate[f"group {n}"]), target=plain)
+        report.add(f"{threads} / {SQLITE}", ratios(mine, rate[SQLITE]), target=sqlite)
+    for n in BUSY:
+        name = f"{n} threads and a busy interpreter / the same led from Python"
+        report.add(name, ratios(rate[f"busy {n}"], rate[f"busy python {n}"]), target=2.5)
     report.notes.append("entries a second, and microseconds a call:")
     for name, timings in results.items():
         points = percentiles(timings)

@@ -12,7 +12,16 @@ from typing import Any
 
 import pytest
 
-from mmapwal import Durability, Journal, RecoveryRow, SyncMethod, SystemDirectory, recover
+from mmapwal import (
+    Durability,
+    FileStorage,
+    Journal,
+    RecoveryRow,
+    SyncMethod,
+    SystemDirectory,
+    recover,
+    storage,
+)
 
 from .conftest import Filesystem
 
@@ -147,6 +156,30 @@ def test_a_rewritten_segment_keeps_what_lives_and_gives_the_rest_back(
     assert on_disk < 401 * 700
 
 
+@pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs"])
+def test_live_runs_share_their_blocks_where_the_file_system_can(
+    make_filesystem: Callable[[str], Filesystem], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared: list[int] = []
+    copy = storage.copy_blocks
+
+    def copy_blocks(*args: int) -> int:
+        shared.append(copy(*args))
+        return shared[-1]
+
+    monkeypatch.setattr(storage, "copy_blocks", copy_blocks)
+    with Journal(make_filesystem(kind).path / "j", **SIZES) as journal:
+        append(journal, 400)
+        journal.drain(20, 80)
+        journal.drain(110, 170)
+        journal.compact()
+        living = expected(range(1, 20), range(81, 110), range(171, 401))
+        assert contents(journal) == living
+        assert journal.verify().ok
+        assert sum(shared) >= 8192 if kind != "ext4" else shared == []
+        assert all(count % 4096 == 0 for count in shared)
+
+
 def test_what_was_truncated_never_comes_back(place: Path, method: SyncMethod) -> None:
     with Journal(place / "j", sync_method=method, **SIZES) as journal:
         append(journal, 300)
@@ -196,12 +229,15 @@ def test_a_state_machine_recovers_from_its_snapshot_and_what_came_after(
 # --- what is particular to one kind ---------------------------------------------------------------------
 
 
-def test_the_automatic_method_is_the_fast_one_only_where_a_write_changes_no_metadata(
+def test_the_automatic_method_is_the_fastest_that_tells_a_full_disk_from_a_failed_sync(
     filesystem: Filesystem, place: Path
 ) -> None:
+    """A store into a mapping only where the pages that were written cannot be missing: tmpfs."""
+    fast = {"ext4": SyncMethod.DSYNC, "xfs": SyncMethod.DSYNC, "tmpfs": SyncMethod.MSYNC}
     with SystemDirectory(place) as directory:
-        fast = directory.best_sync_method() is SyncMethod.DSYNC
-    assert fast == (filesystem.kind in {"ext4", "xfs"})
+        assert directory.best_sync_method() is fast.get(filesystem.kind, SyncMethod.FDATASYNC)
+    with SystemDirectory(place, storage=FileStorage) as directory:
+        assert directory.best_sync_method() is not SyncMethod.MSYNC
 
 
 def test_segments_on_btrfs_are_not_copied_on_write(make_filesystem: Callable[[str], Filesystem]) -> None:

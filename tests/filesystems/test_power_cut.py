@@ -90,3 +90,65 @@ def test_the_cut_is_a_real_one_what_was_not_synced_is_lost(
     found = recovered(filesystem.path / "j")
     assert acknowledged - set(found)
     assert sorted(found) == list(range(1, len(found) + 1))
+
+
+# --- each level ---------------------------------------------------------------------------------------
+
+# Each line: how many entries were appended, and how many of them were known to be durable.
+LEVELS = """
+import os, sys, time
+from mmapwal import Durability, Journal
+interval = float(sys.argv[2])
+journal = Journal(sys.argv[1], slots=8192, segment_bytes=65536, durability=Durability[sys.argv[3]],
+                  sync_interval_ms=interval or None)
+durable = journal.last_op or 0
+for n in range(durable + 1, 8192):
+    journal.append(b"entry %d" % n * (1 + n % 30))
+    if n % 37 == 0:
+        if not interval:
+            journal.sync()
+        while interval and (journal.stats().staged_bytes or journal.durable_lsn < journal.written_lsn):
+            time.sleep(0.001)
+        durable = n
+    os.write(1, b"%d %d\\n" % (n, durable))
+"""
+
+
+def cut_power_under_a_level(filesystem: Filesystem, *options: str) -> int:
+    """How many entries were known to be durable before the cut."""
+    command = [sys.executable, "-c", LEVELS, str(filesystem.path / "j"), *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as writer:
+        assert writer.stdout is not None
+        first = durable = 0
+        try:
+            for line in writer.stdout:
+                appended, durable = map(int, line.split())
+                first = first or appended
+                if durable > first + 400:
+                    break
+        finally:
+            filesystem.cut_power()
+            writer.kill()
+    filesystem.mount_again()
+    assert durable > first + 400
+    return durable
+
+
+def recovered_payloads(path: Path) -> list[bytes]:
+    with Journal(path) as journal:
+        assert journal.verify().ok
+        return [bytes(p) for p in journal.payloads()]
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+@pytest.mark.parametrize("durability", ["OS", "BUFFERED"])
+@pytest.mark.parametrize("interval_ms", ["0", "2"])
+def test_what_sync_or_the_background_made_durable_survives_and_only_the_last_is_lost(
+    make_filesystem: Callable[[str], Filesystem], kind: str, durability: str, interval_ms: str
+) -> None:
+    filesystem = make_filesystem(kind)
+    for _ in range(3):
+        durable = cut_power_under_a_level(filesystem, interval_ms, durability)
+        found = recovered_payloads(filesystem.path / "j")
+        assert len(found) >= durable
+        assert found == [b"entry %d" % n * (1 + n % 30) for n in range(1, len(found) + 1)]

@@ -157,6 +157,9 @@ def contents_of(journal: Journal) -> Contents:
     assert journal.first_op == min(found, default=None)
     assert journal.last_op == max(found, default=None)
     assert journal.headers()["op"].tolist() == list(found)
+    columns = journal.columns()
+    kinds = zip(columns.ops.tolist(), columns.kinds.tolist(), strict=True)
+    assert {op: (bytes(columns.payload(row)), kind) for row, (op, kind) in enumerate(kinds)} == found
     for op, (payload, kind) in found.items():
         assert op in journal
         assert op > journal.snapshot_op

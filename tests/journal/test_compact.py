@@ -33,7 +33,7 @@ from .files import (
     superblock_of,
     write,
 )
-from .watched import Task, Watched, held_up
+from .watched import Gate, Task, Watched, held_up
 
 
 def filled(home: Home, count: int = 40, **options: Any) -> Journal:
@@ -67,7 +67,7 @@ def test_segments_with_nothing_live_go(home: Home) -> None:
     journal = filled(home)
     before = segments(home)
     journal.set_snapshot_op(26)
-    assert journal.compact() == 2 * SMALL["segment_bytes"]
+    assert journal.compact(wait=True) == 2 * SMALL["segment_bytes"]
     assert segments(home) == before[2:]
     assert not set(before[:2]) & set(home.directory().names())
     for found in every_end(home, journal):
@@ -80,7 +80,7 @@ def test_live_entries_among_dead_ones_stay_where_they_are_and_gaps_lie_between(h
     lsns = {e: h.lsn for e in kept if (h := journal.header(e)) is not None}
     before = segments(home)
     thin_out(journal, kept)
-    freed = journal.compact()
+    freed = journal.compact(wait=True)
     assert freed == 22 * fmt.frame_bytes(880)
     after = superblock_of(home.directory()).segments
     renewed = [r for r in after if r.generation == 1]
@@ -98,13 +98,13 @@ def test_live_entries_among_dead_ones_stay_where_they_are_and_gaps_lie_between(h
 def test_compacting_twice_gains_nothing(home: Home) -> None:
     journal = filled(home)
     thin_out(journal, {3, 4, 9, 17, 36, 40})
-    assert journal.compact() > 0
+    assert journal.compact(wait=True) > 0
     before = bytes_of(home.directory())
-    assert journal.compact() == 0
+    assert journal.compact(wait=True) == 0
     assert bytes_of(home.directory()) == before
     journal.drain(9, 9)  # a little more is dead: a gap grows
-    assert journal.compact() == fmt.frame_bytes(880)
-    assert journal.compact() == 0
+    assert journal.compact(wait=True) == fmt.frame_bytes(880)
+    assert journal.compact(wait=True) == 0
     for found in every_end(home, journal):
         assert contents_of(found) == entries({3, 4, 17, 36, 40})
 
@@ -131,7 +131,7 @@ def test_segments_that_are_mostly_live_are_left_as_they_are(home: Home) -> None:
     journal = filled(home)
     thin_out(journal, set(range(1, 41)) - {2, 15})
     before = bytes_of(home.directory())
-    assert journal.compact() == 0
+    assert journal.compact(wait=True) == 0
     after = bytes_of(home.directory())
     assert {n: d for n, d in after.items() if n.startswith("segment")} == {
         n: d for n, d in before.items() if n.startswith("segment")
@@ -221,7 +221,7 @@ def test_the_bytes_that_are_freed_are_gone_from_the_disk(home: Home) -> None:
     settle(journal)
     before = used()
     thin_out(journal, {5, 6, 80, 140})
-    freed = journal.compact()
+    freed = journal.compact(wait=True)
     assert before - used() >= freed * 0.8 - 4 * 4096
 
 
@@ -339,6 +339,90 @@ def test_a_compaction_that_dies_at_any_step_loses_nothing(open_on: Callable[...,
             assert {n for n in disk.names() if n.startswith("segment")} == names
             left.compact()
             assert contents_of(left) == entries(kept)
+
+
+def background(open_on: Callable[..., Journal]) -> tuple[Watched, Gate, Journal]:
+    """A journal with two dead segments, on a directory that allows threads and holds up unlinks."""
+    directory = Watched()
+    directory.concurrent = True
+    journal = open_on(directory, slots=256)
+    for n in range(1, 41):
+        journal.append(b"%04d" % n * 220, kind=n)
+    settle(journal)
+    journal.set_snapshot_op(30)
+    directory.on = gate = Gate(lambda c: c.kind == "unlink" and c.name.startswith("segment"))
+    return directory, gate, journal
+
+
+def test_neither_compact_nor_appends_nor_changes_wait_for_files_that_go(
+    open_on: Callable[..., Journal],
+) -> None:
+    directory, gate, journal = background(open_on)
+    assert Task(journal.compact).result() == 2 * SMALL["segment_bytes"]
+    gate.wait()
+    for n in range(41, 80):
+        assert Task(lambda n=n: journal.append(b"%04d" % n * 220, kind=n)).result() == n
+    Task(lambda: journal.set_snapshot_op(31)).result()
+    assert contents_of(journal) == entries(range(32, 80))
+    waits = Task(lambda: journal.compact(wait=True))
+    waits.join(0.1)
+    assert waits.is_alive()
+    gate.open()
+    waits.result()
+    named = {r.name for r in superblock_of(directory).segments}
+    assert {n for n in directory.names() if n.startswith("segment")} == named
+
+
+def test_close_waits_for_the_files_that_go(open_on: Callable[..., Journal]) -> None:
+    directory, gate, journal = background(open_on)
+    journal.compact()
+    gate.wait()
+    closes = Task(journal.close)
+    closes.join(0.1)
+    assert closes.is_alive()
+    gate.open()
+    closes.result()
+    named = {r.name for r in superblock_of(directory).segments}
+    assert {n for n in directory.names() if n.startswith("segment")} == named
+
+
+def test_killed_before_the_files_are_gone_the_next_open_removes_them(open_on: Callable[..., Journal]) -> None:
+    directory, gate, journal = background(open_on)
+    journal.compact()
+    gate.wait()
+    left = after_kill(directory.inner)
+    gate.open()
+    assert len(left.names()) > len(superblock_of(left).segments) + 2
+    with Journal("j", storage=left) as found:
+        assert contents_of(found) == entries(range(31, 41))
+        named = {r.name for r in superblock_of(left).segments}
+        assert {n for n in left.names() if n.startswith("segment")} == named
+        assert len(found.report.removed_files) == 2
+
+
+def test_an_append_without_space_waits_for_files_that_go(
+    open_on: Callable[..., Journal], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, gate, journal = background(open_on)
+    journal.compact()
+    gate.wait()
+    disposal = journal._engine.disposal
+    wait = disposal.wait
+
+    def on(call: Call) -> None:
+        if call.kind == "create" and call.name.startswith("segment") and disposal.pending:
+            raise OSError(errno.ENOSPC, "no space left")
+
+    def wait_for_all() -> bool:
+        gate.open()  # nothing goes before somebody waits for it
+        return wait()
+
+    directory.on = on
+    monkeypatch.setattr(disposal, "wait", wait_for_all)
+    for n in range(41, 80):
+        assert journal.append(b"%04d" % n * 220, kind=n) == n
+    assert disposal.pending == 0
+    assert contents_of(journal) == entries(range(31, 80))
 
 
 # --- failures -----------------------------------------------------------------------------------------

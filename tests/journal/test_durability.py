@@ -12,7 +12,7 @@ from mmapwal import Durability, Journal, SyncMethod
 from mmapwal.storage import SystemDirectory
 
 from .files import ROOM, SMALL, Home, after_kill, contents_of, entry_frames, frames_of, killed
-from .watched import WAIT_S, Task, Watched, held_up
+from .watched import Task, Watched, held_up
 
 RELAXED = pytest.mark.parametrize("durability", [Durability.OS, Durability.BUFFERED])
 
@@ -31,6 +31,8 @@ def test_what_is_not_durable_yet_is_read_by_its_own_process_at_once(
         "entries": lambda j, op: bytes(next(j.entries(op)).payload),
         "header": lambda j, op: b"." * j.header(op).length,  # type: ignore[union-attr]
         "headers": lambda j, op: b"." * int(j.headers(op)[0]["length"]),
+        "columns": lambda j, op: bytes(j.columns(op).payload(0)),
+        "array": lambda j, op: j.array(op).tobytes(),
         "drain": lambda j, op: bytes(j.drain(op, op)[0].payload),
     }
     journal = home.open(**SMALL, durability=durability)
@@ -150,30 +152,11 @@ def test_entries_of_several_threads_share_a_commit(open_on: Callable[..., Journa
     assert after.appended_entries - before.appended_entries == 7
 
 
-@pytest.mark.parametrize("durability", [Durability.OS, Durability.BUFFERED])
-def test_sync_interval_syncs_in_the_background(
-    open_on: Callable[..., Journal], durability: Durability
-) -> None:
-    directory = Watched()
-    synced = threading.Event()
-    journal = open_on(directory, durability=durability, sync_interval_ms=1)
-    journal.append(b"x")
-    directory.on = lambda c: synced.set() if c.kind == "sync" and c.name.startswith("segment") else None
-    journal.append(b"y")
-    assert synced.wait(WAIT_S)
-    journal.close()
-
-
 def test_without_an_interval_nobody_syncs_behind_the_users_back(open_on: Callable[..., Journal]) -> None:
     journal = open_on(Watched(), durability=Durability.OS)
     for _ in range(5):
         journal.append(b"x")
     assert journal.stats().syncs == 0
-    assert not [t for t in threading.enumerate() if t.name == "mmapwal-sync"]
-    journal.close()
-    with_one = open_on(Watched(), durability=Durability.OS, sync_interval_ms=50)
-    assert [t for t in threading.enumerate() if t.name == "mmapwal-sync"]
-    with_one.close()
     assert not [t for t in threading.enumerate() if t.name == "mmapwal-sync"]
 
 

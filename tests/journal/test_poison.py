@@ -202,6 +202,9 @@ READS: dict[str, Callable[[Journal, int], Any]] = {
     "in": lambda j, op: op in j and b"%d" % op,
     "header": lambda j, op: j.header(op) and b"%d" % op,
     "headers": lambda j, op: len(j.headers(op, op)) == 1 and b"%d" % op,
+    "columns": lambda j, op: bytes(j.columns(op, op).payload(0)),
+    "array": lambda j, op: j.array(op, op).tobytes(),
+    "arrays": lambda j, op: next(j.arrays(op, op)).tobytes(),
     "payloads": lambda j, op: bytes(next(j.payloads(op, op))),
     "entries": lambda j, op: bytes(next(j.entries(op, op)).payload),
 }

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from mmapwal import Durability, Journal, MemoryDirectory
+from mmapwal import Durability, Journal, MemoryDirectory, preparing
 from mmapwal import format as fmt
 from mmapwal._native import lib
 from mmapwal.testing import Call
@@ -24,7 +25,7 @@ from .files import (
     killed,
     superblock_of,
 )
-from .watched import Gate, Task, Watched
+from .watched import WAIT_S, Gate, Task, Watched
 
 FITS = (ROOM - fmt.FRAME_BYTES) // 4 - fmt.FRAME_BYTES  # four such payloads and an END fill a segment
 FITS -= FITS % 8
@@ -114,6 +115,116 @@ def test_the_next_segment_is_prepared_ahead_and_appends_do_not_wait_for_it(
     gate.open()
     assert later.result() == 5
     assert len(superblock_of(directory).segments) >= 2
+
+
+def test_a_change_of_structure_does_not_wait_for_a_segment_in_the_making(
+    open_on: Callable[..., Journal],
+) -> None:
+    directory = concurrent()
+    journal = open_on(directory)
+    journal.append(bytes(FITS))
+    directory.on = gate = Gate(lambda c: c.kind == "sync" and c.name.endswith(".tmp"))
+    for _ in range(2):
+        journal.append(bytes(FITS))
+    gate.wait()
+    changes: list[Callable[[], object]] = [
+        lambda: journal.set_user_data(b"term"),
+        lambda: journal.set_snapshot_op(1),
+        journal.compact,
+        lambda: journal.append(bytes(FITS)),
+    ]
+    for change in changes:
+        Task(change).result()
+    gate.open()
+    assert journal.append(bytes(FITS)) == 5
+
+
+@pytest.fixture
+def slow_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that prepares segments makes one small step, and pauses for longer than any test."""
+    monkeypatch.setattr(preparing, "STEP_BYTES", 1024)
+    monkeypatch.setattr(preparing, "PAUSE_FIRST_S", 10 * WAIT_S)
+
+
+def in_the_making(directory: Watched) -> str:
+    """Waits for a segment in the making that was begun; its name."""
+    while not (
+        names := [n for n in directory.inner.names() if n.endswith(".tmp") and n.startswith("segment")]
+    ):
+        pass
+    while len(directory.inner.open(names[0])) < fmt.PAGE_BYTES + 1024:
+        pass
+    return names[0].removesuffix(".tmp")
+
+
+@pytest.mark.usefixtures("slow_steps")
+def test_who_needs_the_segment_in_the_making_takes_it_over_and_does_not_wait_for_its_pauses(
+    open_on: Callable[..., Journal],
+) -> None:
+    directory = concurrent()
+    journal = open_on(directory)
+    for n in range(3):
+        journal.append(b"%d" % n * FITS)
+    name = in_the_making(directory)
+    for n in range(3, 9):
+        if directory.calls.count(("rename", name)) == 0:
+            assert len(journal) == n
+            journal.append(b"%d" % n * FITS)
+    assert directory.calls.count(("create", name + ".tmp")) == 1
+    assert directory.calls.count(("rename", name)) == 1
+    data = bytes(directory.inner.open(name).view())
+    assert len(data) == SMALL["segment_bytes"]
+    assert set(data[-fmt.PAGE_BYTES :]) == {0}
+    count = len(journal)
+    journal.close()
+    with Journal("j", storage=directory.inner) as again:
+        assert contents_of(again) == {n + 1: (b"%d" % n * FITS, 0) for n in range(count)}
+
+
+@pytest.mark.usefixtures("slow_steps")
+def test_a_close_leaves_nothing_of_a_segment_in_the_making_and_does_not_wait_for_it(
+    open_on: Callable[..., Journal],
+) -> None:
+    directory = concurrent()
+    journal = open_on(directory)
+    for _ in range(3):
+        journal.append(bytes(FITS))
+    in_the_making(directory)
+    Task(journal.close).result()
+    named = {r.name for r in superblock_of(directory.inner).segments}
+    assert {n for n in directory.inner.names() if n.startswith("segment")} == named
+
+
+def test_two_who_make_the_next_segment_never_write_one_file(open_on: Callable[..., Journal]) -> None:
+    """One is held up where it begins; the other goes on to the rename and waits a while for the first."""
+    directory = concurrent()
+    journal = open_on(directory)
+    journal.append(b"0" * FITS)
+    begun, go, created = threading.Event(), threading.Event(), threading.Event()
+    me = threading.get_ident()
+
+    def on(call: Call) -> None:
+        if not is_segment(call) or (not call.name.endswith(".tmp") and call.kind != "rename"):
+            return
+        if threading.get_ident() != me and not begun.is_set():
+            assert call.kind == "create"
+            begun.set()
+            go.wait(0.2)
+        elif threading.get_ident() != me and call.kind == "write":
+            created.set()
+        elif threading.get_ident() == me and call.kind == "rename":
+            go.set()
+            created.wait(0.2)
+
+    directory.on = on
+    for n in range(1, 3):
+        journal.append(b"%d" % n * FITS)
+    assert begun.wait(WAIT_S)
+    for n in range(3, 9):
+        journal.append(b"%d" % n * FITS)
+    for record in superblock_of(directory).segments:
+        assert len(directory.inner.open(record.name)) == SMALL["segment_bytes"]
+    assert contents_of(journal) == {n + 1: (b"%d" % n * FITS, 0) for n in range(9)}
 
 
 def test_a_segment_is_named_by_the_superblock_before_it_takes_a_frame(

@@ -71,7 +71,7 @@ def test_file_bytes_is_what_the_files_take(home: Home) -> None:
     with journal._engine.structure:
         sizes = {n: len(d) for n, d in bytes_of(home.directory()).items()}
         stats = journal.stats()
-    named = sum(size for n, size in sizes.items() if n.startswith("segment")) + sizes[fmt.INDEX_NAME]
+    named = sum(size for n, size in sizes.items() if fmt.SEGMENT_NAME.fullmatch(n)) + sizes[fmt.INDEX_NAME]
     assert stats.file_bytes == named
     assert stats.segments == len(superblock_of(home.directory()).segments)
 
@@ -225,7 +225,7 @@ def test_a_mapping_goes_with_its_last_view_and_not_before(tmp_path: Path) -> Non
     one = mapped_segments()
     assert one > before
     journal.set_snapshot_op(14)
-    journal.compact()
+    journal.compact(wait=True)
     assert not (tmp_path / "j" / names[0]).exists()
     assert names[0] in Path("/proc/self/maps").read_text()
     assert bytes(view) == b"1" * 800

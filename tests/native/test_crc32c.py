@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import mmap
+from pathlib import Path
+from typing import Any
+
 import crc32c as reference
 import pytest
 from hypothesis import given
@@ -10,13 +16,52 @@ from hypothesis import strategies as st
 from mmapwal import format
 from mmapwal._native import ffi, lib
 
+LIBC = ctypes.CDLL(None)
 STREAM = 1024
-NEAR_STREAMS = [n * STREAM + d for n in (0, 1, 2, 3, 4, 6, 7) for d in (-9, -8, -7, -1, 0, 1, 7, 8, 9)]
-LENGTHS = st.one_of(st.integers(0, 100), st.sampled_from([n for n in NEAR_STREAMS if n >= 0]))
-SEEDS = st.one_of(st.sampled_from([0, 1, 2**31, 2**32 - 1]), st.integers(0, 2**32 - 1))
+LONGEST = 4096
 NOISE = bytes((i * i * 31 + i * 7 + (i >> 8)) & 255 for i in range(8 * STREAM))
+SEEDS = st.one_of(st.sampled_from([0, 1, 2**31, 2**32 - 1]), st.integers(0, 2**32 - 1))
+ALL_WAYS = {"portable": lib.MW_CRC32C_PORTABLE, "instruction": lib.MW_CRC32C_INSTRUCTION,
+            "fold": lib.MW_CRC32C_FOLD}  # fmt: skip
 
 
+def has(way: int) -> bool:
+    return bool(lib.mw_crc32c_many_by(way, ffi.NULL, 0) == 0)
+
+
+WAYS = {name: way for name, way in ALL_WAYS.items() if has(way)}
+every_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
+
+
+def crc_by(way: int, seed: int, data: Any, length: int) -> int:
+    out = ffi.new("uint32_t *")
+    assert lib.mw_crc32c_by(way, seed, data, length, out) == 0
+    return int(out[0])
+
+
+def flags_of_the_processor() -> set[str]:
+    return set(Path("/proc/cpuinfo").read_text().split())
+
+
+def test_the_best_way_that_the_processor_has_is_taken() -> None:
+    flags = flags_of_the_processor()
+    wanted = {"portable"}
+    if flags & {"sse4_2", "crc32"}:
+        wanted.add("instruction")
+        if {"avx2", "pclmulqdq", "vpclmulqdq"} <= flags:
+            wanted.add("fold")
+    assert set(WAYS) == wanted
+    assert lib.mw_crc32c_best() == max(WAYS.values())
+
+
+@pytest.mark.parametrize("way", [-1, lib.MW_CRC32C_FOLD + 1])
+def test_a_way_that_is_not_there_is_refused(way: int) -> None:
+    assert lib.mw_crc32c_by(way, 0, b"", 0, ffi.new("uint32_t *")) == -errno.ENOTSUP
+    assert lib.mw_crc32c_many_by(way, ffi.NULL, 0) == -errno.ENOTSUP
+    assert lib.mw_crc32c_frames_by(way, 0, ffi.NULL, 0, ffi.NULL) == -errno.ENOTSUP
+
+
+@every_way
 @pytest.mark.parametrize(
     ("data", "expected"),
     [
@@ -28,25 +73,92 @@ NOISE = bytes((i * i * 31 + i * 7 + (i >> 8)) & 255 for i in range(8 * STREAM))
         (bytes(range(31, -1, -1)), 0x113FDB5C),
     ],
 )
-def test_the_known_answers_of_rfc_3720_come_out(data: bytes, expected: int) -> None:
+def test_the_known_answers_of_rfc_3720_come_out(way: int, data: bytes, expected: int) -> None:
+    assert crc_by(way, 0, data, len(data)) == expected
     assert lib.mw_crc32c(0, data, len(data)) == expected
-    assert lib.mw_crc32c_portable(0, data, len(data)) == expected
 
 
-@given(length=LENGTHS, alignment=st.integers(0, 63), seed=SEEDS, start=st.integers(0, STREAM))
-def test_instruction_tables_and_reference_agree_at_every_length_alignment_and_seed(
-    length: int, alignment: int, seed: int, start: int
+@every_way
+def test_every_length_up_to_4096_at_every_alignment_agrees_with_the_reference(way: int) -> None:
+    memory = ffi.new("uint8_t[]", LONGEST + 64)
+    ffi.memmove(memory, NOISE, LONGEST + 64)
+    for length in range(LONGEST + 1):
+        at = (length + length // 64) % 64  # each remainder of 64 with each alignment
+        seed = length * 0x9E3779B1 % 2**32
+        assert crc_by(way, seed, memory + at, length) == reference.crc32c(NOISE[at : at + length], seed), (
+            length
+        )
+
+
+@every_way
+def test_every_alignment_with_every_short_length(way: int) -> None:
+    memory = ffi.new("uint8_t[]", 512)
+    ffi.memmove(memory, NOISE, 512)
+    for length in range(300):
+        for at in range(0, 64, 7):
+            assert crc_by(way, 7, memory + at, length) == reference.crc32c(NOISE[at : at + length], 7)
+
+
+@every_way
+def test_nothing_is_read_behind_the_end(way: int) -> None:
+    """The page behind the last byte cannot be read."""
+    with mmap.mmap(-1, 2 * mmap.PAGESIZE) as area:
+        area[:] = NOISE[: 2 * mmap.PAGESIZE]
+        start = ffi.cast("uint8_t *", ffi.from_buffer(area))
+        behind = ctypes.c_void_p(int(ffi.cast("uintptr_t", start)) + mmap.PAGESIZE)
+        assert LIBC.mprotect(behind, mmap.PAGESIZE, 0) == 0
+        sums = ffi.new("struct mw_sum[]", 9)
+        for length in [*range(600), LONGEST]:
+            at = mmap.PAGESIZE - length
+            expected = reference.crc32c(NOISE[at : mmap.PAGESIZE])
+            assert crc_by(way, 0, start + at, length) == expected
+            for row in sums:
+                row.data, row.bytes, row.crc = start + at, length, 0
+            assert lib.mw_crc32c_many_by(way, sums, len(sums)) == 0
+            assert {row.crc for row in sums} == {expected}
+
+
+@every_way
+@given(wanted=st.lists(st.tuples(
+    st.one_of(st.integers(0, 100), st.integers(0, 4 * STREAM), st.sampled_from([256, 3 * STREAM])),
+    st.integers(0, 63), SEEDS), max_size=40))  # fmt: skip
+def test_many_at_once_are_each_what_they_are_alone(way: int, wanted: list[tuple[int, int, int]]) -> None:
+    memory = ffi.new("uint8_t[]", len(NOISE))
+    ffi.memmove(memory, NOISE, len(NOISE))
+    sums = ffi.new("struct mw_sum[]", len(wanted) + 1)
+    for row, (length, at, seed) in zip(sums, wanted, strict=False):
+        row.data, row.bytes, row.crc = memory + at, length, seed
+    sums[len(wanted)].crc = 0xABCD
+    assert lib.mw_crc32c_many_by(way, sums, len(wanted)) == 0
+    expected = [reference.crc32c(NOISE[at : at + length], seed) for length, at, seed in wanted]
+    assert [row.crc for row in sums] == [*expected, 0xABCD]
+
+
+@every_way
+@given(st.lists(st.binary(min_size=56, max_size=56), max_size=20), SEEDS)
+def test_checksums_of_headers_are_those_of_all_behind_the_first_four_bytes(
+    way: int, headers: list[bytes], salt: int
 ) -> None:
-    memory = ffi.new("uint8_t[]", length + alignment + 1)
-    data = NOISE[start : start + length]
-    length = len(data)
-    ffi.memmove(memory + alignment, data, length)
+    frames = ffi.new("struct mw_frame[]", len(headers) + 1)
+    ffi.memmove(frames, b"".join(headers), 56 * len(headers))
+    crcs = ffi.new("uint32_t[]", len(headers) + 1)
+    assert lib.mw_crc32c_frames_by(way, salt, frames, len(headers), crcs) == 0
+    assert list(crcs) == [*(reference.crc32c(h[4:], salt) for h in headers), 0]
+    lib.mw_crc32c_frames(salt, frames, len(headers), crcs)
+    assert list(crcs) == [*(reference.crc32c(h[4:], salt) for h in headers), 0]
+
+
+@given(st.binary(max_size=5 * STREAM), SEEDS)
+def test_the_way_that_is_taken_agrees_alone_in_a_group_and_guarded(data: bytes, seed: int) -> None:
     expected = reference.crc32c(data, seed)
-    assert lib.mw_crc32c(seed, memory + alignment, length) == expected
-    assert lib.mw_crc32c_portable(seed, memory + alignment, length) == expected
+    assert lib.mw_crc32c(seed, data, len(data)) == expected
     guarded = ffi.new("uint32_t *")
-    assert lib.mw_crc32c_guarded(seed, memory + alignment, length, guarded) == 0
+    assert lib.mw_crc32c_guarded(seed, data, len(data), guarded) == 0
     assert guarded[0] == expected
+    kept = ffi.new("uint8_t[]", data)
+    sums = ffi.new("struct mw_sum[]", [(kept, len(data), seed)] * 5)
+    lib.mw_crc32c_many(sums, 5)
+    assert {row.crc for row in sums} == {expected}
 
 
 @given(st.binary(max_size=300), st.data())
@@ -67,9 +179,3 @@ def test_any_flipped_bit_changes_the_checksum(data: bytes, draw: st.DataObject) 
 @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
 def test_every_kind_of_buffer_is_taken(kind: type) -> None:
     assert format.crc32c(kind(b"123456789")) == 0xE3069283
-
-
-def test_the_instruction_is_used_where_the_processor_has_it() -> None:
-    with open("/proc/cpuinfo") as f:  # noqa: PTH123
-        words = f.read().split()
-    assert bool(lib.mw_crc32c_hardware()) == ("sse4_2" in words or "crc32" in words)

@@ -267,3 +267,13 @@ assert lib.mw_file_read(file, 0, ffi.from_buffer(out), 8) == -errno.EBADF
 assert lib.mw_fs_type(fd) == -errno.EBADF
 assert lib.mw_map(fd, 4096, 0, ffi.new("void **")) == -errno.EBADF
 """)
+
+
+def test_starting_writeback_writes_nothing_and_tells_a_bad_descriptor(run_shimmed: Script) -> None:
+    run_shimmed("""
+before = content(0, 8192)
+assert lib.mw_fd_start_writeback(fd, 0, 4096) == 0
+assert content(0, 9000) == before
+os.close(fd)
+assert lib.mw_fd_start_writeback(fd, 0, 4096) == -errno.EBADF
+""")

@@ -27,6 +27,7 @@ MARKS = ["access", "faccessat", "faccessat2"]
 BRACKETS = """
 import functools, os, sys, threading
 from mmapwal import *
+from mmapwal import extras
 from mmapwal import storage as seam
 
 depth = threading.local()
@@ -45,7 +46,8 @@ def bracketed(function):
                 os.access("/seam-end", 0)
     return call
 
-CALLS = {n for p in (Storage, Directory) for n, f in vars(p).items() if callable(f)}
+PROTOCOLS = (Storage, Directory, extras.StorageExtras, extras.DirectoryExtras)
+CALLS = {n for p in PROTOCOLS for n, f in vars(p).items() if callable(f)}
 CALLS -= {"__init__", "__str__", "__subclasshook__", "__init_subclass__", "__class_getitem__"}
 """
 

@@ -1,0 +1,151 @@
+"""What asyncio gains: 1 .. 1000 tasks, one durable entry of 256 bytes an await each.
+
+Against the raw C loop that writes one at a time. By the committer's thread, and inline on the loop's own.
+The loop, the tasks and the committer are there before the clock starts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from common import (
+    MIB,
+    PAYLOAD_BYTES,
+    Report,
+    finish,
+    frame_bytes,
+    interleave,
+    machine,
+    make_room,
+    number,
+    options,
+    percentiles,
+    pyplot,
+    random_bytes,
+    rates,
+    ratios,
+    save,
+    workspace,
+)
+from raw import Method, Timing, raw_file
+
+from mmapwal import AsyncJournal, Journal
+
+TASKS = (1, 10, 100, 1000)
+RAW = "raw C, one at a time"
+TARGETS: dict[str, float | None] = {
+    "1 task": 0.45,
+    "10 tasks": 3.8,
+    "100 tasks": 20,
+    "1000 tasks": 30,
+    "1 task, inline": 0.65,
+}
+
+
+class Loop:
+    """An event loop with an AsyncJournal, kept between the rounds."""
+
+    def __init__(self, path: Path, *, inline: bool) -> None:
+        self._journal = Journal(path, slots=1 << 20)
+        self._runner = asyncio.Runner()
+        self._async = AsyncJournal(self._journal, inline=inline)
+        self._runner.run(self._async.__aenter__())
+
+    def run(self, payload: bytes, tasks: int, awaits: int) -> Timing:
+        """Each task awaits `awaits` appends, one after the other."""
+        make_room(self._journal, tasks * awaits)
+        return self._runner.run(self._round(payload, tasks, awaits))
+
+    async def _round(self, payload: bytes, tasks: int, awaits: int) -> Timing:
+        ns = np.zeros((tasks, awaits), np.uint64)
+        go = asyncio.Event()
+
+        async def work(who: int) -> None:
+            append, clock = self._async.append, time.perf_counter_ns
+            times = [0] * awaits
+            await go.wait()
+            for i in range(awaits):
+                before = clock()
+                await append(payload)
+                times[i] = clock() - before
+            ns[who] = times
+
+        workers = [asyncio.create_task(work(i)) for i in range(tasks)]
+        await asyncio.sleep(0)
+        start = time.perf_counter_ns()
+        go.set()
+        await asyncio.gather(*workers)
+        return Timing(ns.ravel(), time.perf_counter_ns() - start)
+
+    def close(self) -> None:
+        self._runner.run(self._async.close())
+        self._runner.close()
+        self._journal.close()
+
+
+def name_of(tasks: int, *, inline: bool) -> str:
+    return f"{tasks} task{'s' if tasks > 1 else ''}{', inline' if inline else ''}"
+
+
+def measure(folder: Path, rounds: int, scale: int) -> dict[str, list[Timing]]:
+    payload = random_bytes(PAYLOAD_BYTES)
+    frame = random_bytes(frame_bytes(PAYLOAD_BYTES))
+    with ExitStack() as stack:
+        raw = stack.enter_context(raw_file(folder / "raw", Method.RWF_DSYNC, 32 * MIB))
+        contenders: dict[str, Callable[[], Timing]] = {RAW: partial(raw.run, frame, 100 * scale)}
+        for inline in (False, True):
+            loop = Loop(folder / f"journal-{inline}", inline=inline)
+            stack.callback(loop.close)
+            for tasks in TASKS:
+                awaits = max(10, 100 // tasks) * scale
+                contenders[name_of(tasks, inline=inline)] = partial(loop.run, payload, tasks, awaits)
+        return interleave(contenders, rounds)
+
+
+def picture(report: Report, path: Path) -> None:
+    """Entries a second by tasks."""
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(5.5, 3.4))
+    for inline, label in ((False, "committer's thread"), (True, "inline")):
+        values = [report.extra["rates"][name_of(n, inline=inline)] for n in TASKS]
+        axes.plot(TASKS, [np.median(v) for v in values], "o-", ms=4, label=label)
+        low, high = (np.percentile(values, q, axis=1) for q in (25, 75))
+        axes.fill_between(TASKS, low, high, alpha=0.2)
+    axes.axhline(np.median(report.extra["rates"][RAW]), color="black", linestyle="--", lw=1, label=RAW)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("tasks, one durable entry of 256 bytes an await each")
+    axes.set_ylabel("entries a second")
+    axes.legend(fontsize=7)
+    save(figure, path)
+
+
+def main() -> int:
+    args = options(__doc__).parse_args()
+    rounds = args.rounds or (3 if args.quick else 15)
+    with workspace(args.dir) as folder:
+        report = Report("aio.py", machine(folder))
+        results = measure(folder, rounds, 1 if args.quick else 2)
+    rate = {name: rates(timings) for name, timings in results.items()}
+    for name in results:
+        if name != RAW:
+            report.add(f"{name} / {RAW}", ratios(rate[name], rate[RAW]), target=TARGETS.get(name))
+    report.notes.append("entries a second, and microseconds an await:")
+    for name, timings in results.items():
+        points = percentiles(timings)
+        shown = "  ".join(f"{p} {v:8.1f}" for p, v in points.items())
+        report.notes.append(f"  {name:22} {number(float(np.median(rate[name]))):>9}  {shown}")
+    report.extra["rates"] = rate
+    report.extra["latency_us"] = {name: percentiles(timings) for name, timings in results.items()}
+    return finish(report, args, picture)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
