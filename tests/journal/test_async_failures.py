@@ -565,3 +565,28 @@ def test_an_interrupt_on_the_loop_hangs_nobody_and_tells_nobody_the_success_of_a
         with monkeypatch.context() as patch, concurrent(open_on, slots=64) as (_, journal):
             patch.setattr(aio, "lib", Interrupting(f"mw_{name}", nth, when))
             run(main(journal))
+
+
+def test_an_append_that_is_interrupted_behind_its_staging_ends_it_all(
+    open_on: Callable[..., Journal],
+) -> None:
+    """Its outcome would be taken for that of the next one."""
+
+    async def main(directory: Watched, journal: Journal) -> None:
+        directory.on = gate = Gate(is_commit)
+        appends = AsyncJournal(journal)
+        call = appends.append(b"one")
+        await until(gate.reached)
+        appends._submit_next = Interrupting("mw_submit_next", 1, "behind").mw_submit_next
+        with pytest.raises(Interrupt):
+            appends.append(b"interrupted")
+        with pytest.raises(ClosedError):
+            appends.append(b"no")
+        assert [type(r) for r in await told(call)] == [JournalError]
+        gate.open()
+        await asyncio.wait_for(appends.close(), WAIT_S)
+        assert await told(appends.close()) == [None]
+        assert contents_of(journal) == {1: (b"one", 0), 2: (b"interrupted", 0)}
+
+    with concurrent(open_on) as (directory, journal):
+        run(main(directory, journal))
