@@ -143,6 +143,27 @@ def test_a_commit_wakes_the_loop_once(
         run(main(directory, journal))
 
 
+def test_what_is_submitted_while_a_thread_commits_is_committed_next(
+    open_on: Callable[..., Journal],
+) -> None:
+    async def main(directory: Watched, journal: Journal) -> None:
+        async with AsyncJournal(journal) as appends:
+            await appends.append(b"one")
+            directory.on = gate = Gate(is_commit)
+            thread = Task(lambda: journal.append(b"two"))
+            await until(gate.reached)
+            calls = [asyncio.ensure_future(appends.append(b"three"))]
+            await turns(3)
+            calls.append(asyncio.ensure_future(appends.append(b"four")))
+            await turns(3)
+            gate.open()
+            assert await told(*calls) == [3, 4]
+            assert thread.result() == 2
+
+    with concurrent(open_on) as (directory, journal):
+        run(main(directory, journal))
+
+
 def test_nobody_is_told_before_the_sync_is_done(open_on: Callable[..., Journal]) -> None:
     async def main(directory: Watched, journal: Journal) -> None:
         directory.on = gate = Gate(is_commit)

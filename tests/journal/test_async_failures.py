@@ -8,6 +8,8 @@ import errno
 import gc
 import os
 import signal
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -159,6 +161,39 @@ def test_an_epoch_that_is_owed_is_begun_first_and_does_not_block_the_loop(
     run(main())
 
 
+def test_outcomes_that_are_not_taken_for_long_stay_those_of_whom_they_are(
+    open_on: Callable[..., Journal],
+) -> None:
+    """Commits fail and succeed in turn while the loop does something else."""
+    full = Full(open_on, Durability.SYNC, When.BEFORE)
+    journal = full.journal
+
+    async def main() -> None:
+        async with AsyncJournal(journal) as appends:
+            await appends.append(b"one")
+            calls, payloads = [], []
+            for n in range(10):
+                for name in ("no", "yes"):
+                    if name == "no":
+                        full.fill(times=1)
+                    payloads.append(b"%s %d" % (name.encode(), n))
+                    calls.append(appends.append(payloads[-1]))
+                    Task(journal.sync).finish()
+                    full.empty()
+                    Task(journal._engine.start_epoch).result()
+            results = await told(*calls)
+        for payload, result in zip(payloads, results, strict=True):
+            if isinstance(result, int):
+                assert journal.read(result) == payload
+            else:
+                assert type(result) is OSError
+        there = {bytes(e.payload) for e in journal.entries(2)}
+        assert there == {p for p, r in zip(payloads, results, strict=True) if isinstance(r, int)}
+        assert [type(r) for r in results[:4]] == [OSError, int, OSError, int]
+
+    run(main())
+
+
 @pytest.mark.parametrize("durability", list(Durability))
 def test_a_failed_commit_tells_every_task_and_thread_the_one_cause(
     open_on: Callable[..., Journal], durability: Durability
@@ -217,7 +252,7 @@ def test_nothing_is_written_after_a_poison_from_outside(open_on: Callable[..., J
             assert results[0] == 1
             assert [type(r) for r in results[1:]] == [PoisonedError] * 5
         journal.close()
-        assert directory.calls == []
+        assert [call for call in directory.calls if call[0] == "write_sync"] == []
 
     with concurrent(open_on, slots=64, segment_bytes=16384) as (directory, journal):
         run(main(directory, journal))
@@ -289,6 +324,28 @@ def test_a_journal_that_is_closed_under_way_tells_everyone_what_became_of_it(
     found = home.open()
     assert found.report.outcome.value == "sealed"
     assert {e.op: bytes(e.payload) for e in found} == acknowledged
+
+
+def test_a_close_tells_those_whom_it_makes_durable_itself(open_on: Callable[..., Journal]) -> None:
+    async def main(directory: Watched, journal: Journal) -> None:
+        async with AsyncJournal(journal, inline=True) as appends:
+            await appends.append(b"one")
+            directory.on = gate = Gate(is_commit)
+            thread = Task(lambda: journal.append(b"two"))
+            await until(gate.reached)
+            calls = [appends.append(b"three"), appends.append(b"four")]  # committed in the next turn
+            closing = Task(journal.close)
+            while not journal._engine.state().closed:
+                time.sleep(0.001)
+            opening = threading.Timer(0.05, gate.open)  # while the loop waits for the disk
+            opening.start()
+            assert await told(*calls) == [3, 4]
+            assert thread.result() == 2
+            closing.result()
+            opening.join()
+
+    with concurrent(open_on) as (directory, journal):
+        run(main(directory, journal))
 
 
 @EACH_INLINE
@@ -490,7 +547,9 @@ def test_an_interrupt_on_the_loop_hangs_nobody_and_tells_nobody_the_success_of_a
         async def one(task: int) -> None:
             for n in range(3):
                 payload = b"%d %d" % (task, n)
-                acknowledged[await appends.append(payload)] = payload
+                op = await appends.append(payload)
+                assert op in journal  # durable
+                acknowledged[op] = payload
 
         tasks = [asyncio.create_task(one(n)) for n in range(12)]
         await turns(3)
@@ -506,3 +565,28 @@ def test_an_interrupt_on_the_loop_hangs_nobody_and_tells_nobody_the_success_of_a
         with monkeypatch.context() as patch, concurrent(open_on, slots=64) as (_, journal):
             patch.setattr(aio, "lib", Interrupting(f"mw_{name}", nth, when))
             run(main(journal))
+
+
+def test_an_append_that_is_interrupted_behind_its_staging_ends_it_all(
+    open_on: Callable[..., Journal],
+) -> None:
+    """Its outcome would be taken for that of the next one."""
+
+    async def main(directory: Watched, journal: Journal) -> None:
+        directory.on = gate = Gate(is_commit)
+        appends = AsyncJournal(journal)
+        call = appends.append(b"one")
+        await until(gate.reached)
+        appends._submit_next = Interrupting("mw_submit_next", 1, "behind").mw_submit_next
+        with pytest.raises(Interrupt):
+            appends.append(b"interrupted")
+        with pytest.raises(ClosedError):
+            appends.append(b"no")
+        assert [type(r) for r in await told(call)] == [JournalError]
+        gate.open()
+        await asyncio.wait_for(appends.close(), WAIT_S)
+        assert await told(appends.close()) == [None]
+        assert contents_of(journal) == {1: (b"one", 0), 2: (b"interrupted", 0)}
+
+    with concurrent(open_on) as (directory, journal):
+        run(main(directory, journal))

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-HELPER = "crc32c guard frame slots stage commit wait committer writer"
 MODES = ("plain", "full", "eio", "poison", "close")
 SECONDS = "0.5"
 
@@ -20,10 +19,7 @@ SECONDS = "0.5"
 def stress(tmp_path_factory: pytest.TempPathFactory, require: Callable[[object, str], None]) -> Path:
     require(shutil.which("gcc"), "no gcc to build the program with")
     program = tmp_path_factory.mktemp("stress") / "stress"
-    sources = [
-        Path(__file__).with_name("stress.c"),
-        *(ROOT / "native" / f"{name}.c" for name in HELPER.split()),
-    ]
+    sources = [Path(__file__).with_name("stress.c"), *sorted((ROOT / "native").glob("*.c"))]
     command = ["gcc", "-std=gnu11", "-O2", "-Wall", "-Wextra", f"-I{ROOT / 'native'}", "-pthread"]
     command += ["-Wl,--wrap=pthread_cond_timedwait", "-o", str(program), *map(str, sources)]
     subprocess.run(command, check=True)
