@@ -14,6 +14,7 @@ from asyncio import _get_running_loop as _running_loop  # None where none runs, 
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
+from threading import get_ident
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -36,7 +37,7 @@ from mmapwal.opening import Durability
 __all__ = ["AsyncJournal"]
 
 _LENGTH = struct.Struct("Q")
-_NOTABLE = (1, 128)  # the first staged since the last commit, and enough for one
+MANY = 128  # entries that are worth a commit before the loop has gone round
 
 
 class _Request(NamedTuple):
@@ -85,10 +86,12 @@ class AsyncJournal:
         self._lost = False  # which outcome is whose
         self._outcomes = ffi.new("struct mw_outcome[]", lib.MW_OUTCOMES)
         self._taken = 0  # tickets that have their outcome
-        self._unkicked = 0
+        self._due = False  # something is staged, and nobody was asked to commit it
         self._alone = True  # the last commit served one append
         self._closing = False
         self._event_fd = -1
+        self._thread: int
+        self._is_running: Callable[[], bool]
         self._settled: asyncio.Event  # nothing is pending; set while closing
         self._finalizer: weakref.finalize[..., AsyncJournal]
 
@@ -122,15 +125,15 @@ class AsyncJournal:
         if (
             op is None and len(self._pending) < self._room and not self._backlog
             and type(payload) is bytes and len(payload) <= self._max_payload_bytes
-            and type(kind) is int and 0 <= kind <= fmt.KIND_MAX and _running_loop() is self._loop
+            and type(kind) is int and 0 <= kind <= fmt.KIND_MAX
+            and get_ident() == self._thread and self._is_running()  # get_running_loop() is a system call
         ):  # fmt: skip  # the common case, short
             try:
                 done = self._submit_next(self._writer, payload, len(payload), kind)
                 if done > 0:
                     future: asyncio.Future[int] = asyncio.Future(loop=self._loop)
                     self._pending.append((future, done))
-                    self._unkicked = unkicked = self._unkicked + 1
-                    if unkicked in _NOTABLE:
+                    if not self._due or done % MANY == 0:
                         self._staged()
                     return future
             except BaseException:
@@ -230,7 +233,7 @@ class AsyncJournal:
             os.close(event_fd)
             raise
         self._finalizer = weakref.finalize(self, _stop, self._engine, self._writer, event_fd)
-        self._loop = loop
+        self._loop, self._thread, self._is_running = loop, get_ident(), loop.is_running
         if not self._certain and self._clock is None:
             self._room = self._max_pending
         return loop
@@ -244,14 +247,15 @@ class AsyncJournal:
         """One is staged, or many: when to commit? With all that this turn of the loop brings; at once where
         no others are about, or many are there already."""
         self._alone = self._alone and len(self._pending) == 1
-        if not self._inline and (self._alone or self._unkicked > 1):
+        many, self._due = self._due, True
+        if not self._inline and (self._alone or many):
             self._turn()
-        else:
+        elif not many:
             self._running.call_soon(self._turn)
 
     def _turn(self) -> None:
         """Has what is staged committed."""
-        if self._unkicked == 0:
+        if not self._due:
             return
         try:
             if self._inline:
@@ -261,7 +265,7 @@ class AsyncJournal:
         except BaseException:  # of a signal handler
             self._running.call_soon(self._turn)
             raise
-        self._unkicked = 0
+        self._due = False
         if self._inline:
             self._take()
 
@@ -391,8 +395,7 @@ class AsyncJournal:
             request.future.set_result(value)
         else:
             self._pending.append((request.future, value))
-            self._unkicked += 1
-            if self._unkicked in _NOTABLE:
+            if not self._due or first % MANY == 0:
                 self._staged()
 
     def _make_way(self, request: _Request, code: int) -> None:

@@ -48,19 +48,20 @@ static int store_progress(void *arg) {
 
 int publish_progress(struct mw_writer *w) { return mw_guarded_unarmed(store_progress, w); }
 
-static void stamp(struct mw_writer *w, struct group *g, const struct part *p) {
-    const struct mw_target *t = target_at(w, p->target);
-    uint32_t link = p->lsn == t->base_lsn ? t->salt : w->link;
+/* What only the leader knows: epoch, durable LSN and link, as in `as`. Without the mutex: the group is the leader's,
+ * and others look at ops, types and lengths in it. The link of the frame that comes next. */
+static uint32_t stamp(struct group *g, const struct part *p, const struct mw_target *t, const struct mw_frame *as) {
+    uint32_t link = as->link;
     for (uint64_t at = p->from; at < p->to;) {
-        struct mw_frame *f = (struct mw_frame *)(void *)(g->buffer + at);
-        f->epoch = w->epoch;
-        f->durable_lsn = w->durable_lsn;
+        struct mw_frame *f = frame_at(g, at);
+        f->epoch = as->epoch;
+        f->durable_lsn = as->durable_lsn;
         f->link = link;
         f->header_crc = mw_frame_crc(f, t->salt);
         link = f->header_crc;
         at += mw_frame_bytes(f->length);
     }
-    w->link = link; /* the leader's own until the part is written; a failure puts it back */
+    return link;
 }
 
 void poison(struct mw_writer *w, int stage, int error) {
@@ -77,11 +78,10 @@ void poison(struct mw_writer *w, int stage, int error) {
 
 static void forget(struct mw_writer *w, struct group *g) {
     for (uint64_t at = 0; at < g->bytes;) {
-        struct mw_frame f;
-        memcpy(&f, g->buffer + at, sizeof f);
-        uint64_t slot = f.op % w->config.slot_count;
+        const struct mw_frame *f = frame_at(g, at);
+        uint64_t slot = f->op % w->config.slot_count;
         w->pending[slot / 8] &= (uint8_t)~(1u << slot % 8);
-        at += mw_frame_bytes(f.length);
+        at += mw_frame_bytes(f->length);
     }
     g->bytes = 0;
     g->part_count = 0;
@@ -120,21 +120,22 @@ static int write_part(const struct mw_config *config, struct mw_io *io, const st
 
 static int commit_part(struct mw_writer *w, struct group *g, struct part *p) {
     struct mw_target target = *target_at(w, p->target);
-    uint32_t link = w->link;
-    stamp(w, g, p);
+    struct mw_frame as = {.epoch = w->epoch, .durable_lsn = w->durable_lsn,
+                          .link = p->lsn == target.base_lsn ? target.salt : w->link};
     bool synced = w->config.durability == MW_SYNC || p->ends;
     int step;
     uint64_t began_ns = monotonic_ns();
     pthread_mutex_unlock(&w->mutex);
+    uint32_t link = stamp(g, p, &target, &as);
     int rc = write_part(&w->config, target.io, &target, p, g->buffer, &step);
     pthread_mutex_lock(&w->mutex);
     w->commit_ns = monotonic_ns() - began_ns;
     if (rc != 0) {
-        w->link = link;
         if (step == MW_STAGE_WRITE && is_clean(rc)) return rc;
         poison(w, step, rc);
         return MW_E_POISONED;
     }
+    w->link = link;
     w->written_lsn = p->lsn + (p->to - p->from);
     if (p->ends) {
         w->ends[p->target % TARGETS] = w->written_lsn;

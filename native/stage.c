@@ -23,10 +23,9 @@ static uint64_t pending_op(const struct mw_writer *w, uint64_t slot) {
     for (int i = 0; i < 2; i++) {
         const struct group *g = &w->groups[i];
         for (uint64_t at = 0; at < g->bytes;) {
-            struct mw_frame f;
-            memcpy(&f, g->buffer + at, sizeof f);
-            if (f.type == MW_ENTRY && f.op % w->config.slot_count == slot) found = f.op;
-            at += mw_frame_bytes(f.length);
+            const struct mw_frame *f = frame_at(g, at);
+            if (f->type == MW_ENTRY && f->op % w->config.slot_count == slot) found = f->op;
+            at += mw_frame_bytes(f->length);
         }
     }
     return found;
@@ -100,7 +99,7 @@ static struct part *open_part(struct mw_writer *w) {
 static void put(struct mw_writer *w, const struct mw_frame *frame, const char *data) {
     struct part *p = open_part(w);
     struct group *g = w->open;
-    struct mw_frame *f = (struct mw_frame *)(void *)(g->buffer + g->bytes);
+    struct mw_frame *f = frame_at(g, g->bytes);
     uint64_t bytes = mw_frame_bytes(frame->length);
     uint8_t *payload = g->buffer + g->bytes + MW_FRAME_BYTES;
     *f = *frame;

@@ -1,4 +1,5 @@
 /* The writer as Python sees it: made, told of segments, epochs and removals, asked, closed. */
+#define _GNU_SOURCE
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
@@ -15,7 +16,11 @@ struct mw_writer *mw_writer_new(const struct mw_config *config) {
         free(w);
         return NULL;
     }
-    pthread_mutex_init(&w->mutex, NULL);
+    pthread_mutexattr_t brief; /* held for microseconds: to sleep and be woken would take longer */
+    pthread_mutexattr_init(&brief);
+    pthread_mutexattr_settype(&brief, PTHREAD_MUTEX_ADAPTIVE_NP);
+    pthread_mutex_init(&w->mutex, &brief);
+    pthread_mutexattr_destroy(&brief);
     pthread_cond_init(&w->idle, NULL);
     pthread_cond_init(&w->wanted, NULL);
     pthread_condattr_t monotonic;
@@ -195,10 +200,9 @@ static uint64_t highest_staged(const struct mw_writer *w) {
     for (int i = 0; i < 2; i++) {
         const struct group *g = &w->groups[i];
         for (uint64_t at = 0; at < g->bytes;) {
-            struct mw_frame f;
-            memcpy(&f, g->buffer + at, sizeof f);
-            if (f.op > high) high = f.op;
-            at += mw_frame_bytes(f.length);
+            const struct mw_frame *f = frame_at(g, at);
+            if (f->op > high) high = f->op;
+            at += mw_frame_bytes(f->length);
         }
     }
     return high;

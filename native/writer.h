@@ -87,6 +87,11 @@ static inline struct mw_target *target_at(struct mw_writer *w, uint64_t number) 
     return &w->targets[number % TARGETS];
 }
 
+/* Buffers come from realloc, and frames are 8-byte aligned in them. */
+static inline struct mw_frame *frame_at(const struct group *g, uint64_t at) {
+    return (struct mw_frame *)(void *)(g->buffer + at);
+}
+
 int check_usable(const struct mw_writer *w);
 int check_sound(const struct mw_writer *w);
 int64_t stage(struct mw_writer *w, const char *data, const void *lengths, const uint16_t *kinds,
