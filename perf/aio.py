@@ -24,9 +24,7 @@ from common import (
     interleave,
     machine,
     make_room,
-    number,
     options,
-    percentiles,
     pyplot,
     random_bytes,
     rates,
@@ -137,13 +135,7 @@ def main() -> int:
     for name in results:
         if name != RAW:
             report.add(f"{name} / {RAW}", ratios(rate[name], rate[RAW]), target=TARGETS.get(name))
-    report.notes.append("entries a second, and microseconds an await:")
-    for name, timings in results.items():
-        points = percentiles(timings)
-        shown = "  ".join(f"{p} {v:8.1f}" for p, v in points.items())
-        report.notes.append(f"  {name:22} {number(float(np.median(rate[name]))):>9}  {shown}")
-    report.extra["rates"] = rate
-    report.extra["latency_us"] = {name: percentiles(timings) for name, timings in results.items()}
+    report.add_latencies("entries a second, and microseconds an await:", results)
     return finish(report, args, picture)
 
 

@@ -201,6 +201,15 @@ class Report:
         self.rows.append(row)
         return row
 
+    def add_latencies(self, title: str, results: Mapping[str, Sequence[Timing]]) -> None:
+        """Below the table, and for the picture: the median rate of each, and the latency of every call."""
+        self.notes.append(title)
+        for name, timings in results.items():
+            shown = "  ".join(f"{p} {v:8.1f}" for p, v in percentiles(timings).items())
+            self.notes.append(f"  {name:22} {number(float(np.median(rates(timings)))):>9}  {shown}")
+        self.extra["rates"] = {name: rates(timings) for name, timings in results.items()}
+        self.extra["latency_us"] = {name: percentiles(timings) for name, timings in results.items()}
+
     def row(self, name: str) -> Row:
         return next(r for r in self.rows if r.name == name)
 

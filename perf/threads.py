@@ -26,9 +26,7 @@ from common import (
     frame_bytes,
     interleave,
     machine,
-    number,
     options,
-    percentiles,
     pyplot,
     random_bytes,
     rates,
@@ -192,13 +190,7 @@ def main() -> int:
     for n in BUSY:
         name = f"{n} threads and a busy interpreter / the same led from Python"
         report.add(name, ratios(rate[f"busy {n}"], rate[f"busy python {n}"]), target=2.5)
-    report.notes.append("entries a second, and microseconds a call:")
-    for name, timings in results.items():
-        points = percentiles(timings)
-        shown = "  ".join(f"{p} {v:8.1f}" for p, v in points.items())
-        report.notes.append(f"  {name:22} {number(float(np.median(rate[name]))):>9}  {shown}")
-    report.extra["rates"] = rate
-    report.extra["latency_us"] = {name: percentiles(timings) for name, timings in results.items()}
+    report.add_latencies("entries a second, and microseconds a call:", results)
     return finish(report, args, picture)
 
 
