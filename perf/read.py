@@ -200,7 +200,7 @@ def main() -> int:
     check = frame_rate(m["scan"])
     report.add("arrays() / check in C", ratios(m["arrays"], check))
     report.add("columns() / check in C", ratios(m["columns"], check))
-    report.add("check in C / memory bandwidth", ratios(m["scan"], m["memory"]), aim=0.55)
+    report.add("check in C / memory bandwidth", ratios(m["scan"], m["memory"]), target=0.55)
     giga = {name: [v / 1e9 for v in m[name]] for name in ("scan", "memory", "mapped")}
     report.add("check of all frames in C", giga["scan"], "GB/s")
     report.add("calibration: memory, read once", giga["memory"], "GB/s")

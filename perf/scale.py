@@ -95,9 +95,9 @@ def measure(report: Report, small: Size, large: Size, rounds: int) -> None:
             rounds,
         )
     slower = ratios(rates(appends["small"]), rates(appends["large"]))
-    report.add("time of a durable append, large / small", slower, aim=1.2, at_least=False)
+    report.add("time of a durable append, large / small", slower, target=1.2, at_least=False)
     ratio = ratios(reads["large"], reads["small"])
-    report.add("read(op), random, large / small", ratio, aim=1.5, at_least=False)
+    report.add("read(op), random, large / small", ratio, target=1.5, at_least=False)
     for name, size in (("small", small), ("large", large)):
         report.add(f"read(op), random, {names[size]}", reads[name], "ns")
         report.add(f"private memory, {names[size]}", [size.private_mib], "MiB")
@@ -105,7 +105,7 @@ def measure(report: Report, small: Size, large: Size, rounds: int) -> None:
         cells = "  ".join(f"{k} {number(v)}" for k, v in tails.items())
         report.notes.append(f"{names[size]} entries, durable append, microseconds: {cells}")
     grown = large.private_mib / small.private_mib
-    report.add("private memory, large / small", [grown], aim=1.2, at_least=False)
+    report.add("private memory, large / small", [grown], target=1.2, at_least=False)
 
 
 def picture(report: Report, path: Path) -> None:
