@@ -110,8 +110,8 @@ def measure(path: Path, dead_bytes: int) -> Round:
 
 
 def report_all(report: Report, rounds: list[Round]) -> None:
-    def add(name: str, values: list[float], aim: float | None = None) -> None:
-        report.add(name, values, "ms", target=aim, at_least=False)
+    def add(name: str, values: list[float], target: float | None = None) -> None:
+        report.add(name, values, "ms", target=target, at_least=False)
 
     add("compact()", [r.compact for r in rounds], 100)
     add("longest append meanwhile, above the usual p99", [r.during - r.usual for r in rounds], 5)
