@@ -28,7 +28,7 @@ from mmapwal.errors import (
     StaleOpError,
 )
 from mmapwal.opening import Durability, Opening, Options, check_empty
-from mmapwal.preparing import Preparer
+from mmapwal.preparing import NO_SPACE, Preparer
 from mmapwal.recovery import Scanned
 from mmapwal.storage import Directory, SyncMethod
 from mmapwal.superblock import Seal, SegmentRecord, Superblock
@@ -269,7 +269,7 @@ class Engine:
             raise self.poisoned()
         before = self._file.current
         try:
-            self._file.commit(new)
+            self._commit(new)
             self.segments.follow(self._file.current.segments)
             result = apply()
         except PoisonedError as e:
@@ -281,6 +281,15 @@ class Engine:
             self.poison("taking over the new superblock", e)
             raise self.poisoned() from e
         return result
+
+    def _commit(self, new: Superblock) -> None:
+        """On a full disk, what is only made ahead, or on its way out, makes room first."""
+        try:
+            self._file.commit(new)
+        except OSError as e:
+            if e.errno not in NO_SPACE or not (self._preparer.give_back() or self.disposal.wait()):
+                raise
+            self._file.commit(new)
 
     def remove_files(self, names: Iterable[str]) -> list[str]:
         """Unlinks what no superblock names (SuperblockFile.remove_files), at once: the names may come

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
+import os
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +15,8 @@ import pytest
 from mmapwal import Durability, Journal, MemoryDirectory, preparing
 from mmapwal import format as fmt
 from mmapwal._native import lib
+from mmapwal.segment import NewSegment
+from mmapwal.superblock import SegmentRecord, Superblock
 from mmapwal.testing import Call
 
 from .files import (
@@ -179,6 +184,32 @@ def test_who_needs_the_segment_in_the_making_takes_it_over_and_does_not_wait_for
     journal.close()
     with Journal("j", storage=directory.inner) as again:
         assert contents_of(again) == {n + 1: (b"%d" % n * FITS, 0) for n in range(count)}
+
+
+def test_a_change_on_a_full_disk_takes_the_space_of_a_segment_in_the_making(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Journal(tmp_path / "j", slots=16, segment_bytes=16384) as journal:
+        journal.append(b"one")
+        engine = journal._engine
+        commit = engine._file.commit
+        full = True
+
+        def commit_where_there_is_room(new: Superblock) -> None:
+            if full or any(fmt.TEMPORARY_NAME.fullmatch(n) for n in engine.directory.names()):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            commit(new)
+
+        monkeypatch.setattr(engine._file, "commit", commit_where_there_is_room)
+        with engine.structure:
+            with pytest.raises(OSError, match="No space"):  # nobody has anything to give back
+                journal.set_snapshot_op(1)
+            record = SegmentRecord(99, engine.superblock.next_base_lsn, 12288)
+            engine._preparer._making = NewSegment(engine.directory, engine.superblock.uuid, record)
+            full = False
+            journal.set_snapshot_op(1)
+        assert journal.snapshot_op == 1
+        assert journal.append(b"two") == 2
 
 
 @pytest.mark.usefixtures("slow_steps")
