@@ -28,7 +28,6 @@ from mmapwal.errors import (
     ClosedError,
     ForkedError,
     JournalError,
-    PayloadTooLargeError,
     PoisonedError,
 )
 from mmapwal.journal import Journal, check_kind, check_op, out_of_range
@@ -139,9 +138,7 @@ class AsyncJournal:
             except BaseException:
                 self._lose_count()
                 raise
-        data = payload if type(payload) is bytes else self.journal._bytes(payload)
-        if len(data) > self._max_payload_bytes:
-            raise PayloadTooLargeError(f"{len(data)} bytes; max_payload_bytes is {self._max_payload_bytes}")
+        data = self.journal._data(payload)
         return self._request(data, _LENGTH.pack(len(data)), 0, fmt.frame_bytes(len(data)), op=op, kind=kind)
 
     def append_many(

@@ -283,13 +283,16 @@ class Engine:
         return result
 
     def _commit(self, new: Superblock) -> None:
-        """On a full disk, what is only made ahead, or on its way out, makes room first."""
         try:
             self._file.commit(new)
         except OSError as e:
-            if e.errno not in NO_SPACE or not (self._preparer.give_back() or self.disposal.wait()):
+            if not self.made_room(e):
                 raise
             self._file.commit(new)
+
+    def made_room(self, error: OSError) -> bool:
+        """Whether, on a full disk, what is only made ahead or on its way out has made room: try again."""
+        return error.errno in NO_SPACE and (self._preparer.give_back() or self.disposal.wait())
 
     def remove_files(self, names: Iterable[str]) -> list[str]:
         """Unlinks what no superblock names (SuperblockFile.remove_files), at once: the names may come

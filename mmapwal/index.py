@@ -12,7 +12,6 @@ import numpy.typing as npt
 
 from mmapwal import format as fmt
 from mmapwal._native import ffi, lib
-from mmapwal.errors import CorruptionError
 from mmapwal.storage import Directory, Storage
 
 __all__ = ["SlotIndex"]
@@ -108,12 +107,6 @@ class SlotIndex:
         _check(lib.mw_crc32c_guarded(0, self.slots, self.slot_count * fmt.SLOT_BYTES, out))
         return int(out[0])
 
-    def summary(self) -> tuple[int, int, int]:
-        """(how many live, first op, last op); walks all slots, while no writer stores."""
-        out = ffi.new("struct mw_summary *")
-        _check(lib.mw_slots_summary(self.slots, self.slot_count, out))
-        return int(out.live), int(out.first_op), int(out.last_op)
-
     def fill(
         self, older: npt.NDArray[Any], newer: npt.NDArray[Any], threads: int = 1
     ) -> tuple[int, int, int]:
@@ -179,7 +172,3 @@ def rebuilt_slots(slot_count: int) -> npt.NDArray[Any]:
 def slot_pointer(slots: npt.NDArray[Any]) -> Any:
     """As C takes it; right as long as the array is."""
     return ffi.cast("struct mw_slot *", ffi.from_buffer(slots))
-
-
-def conflict(name: str, offset: int, lsn: int, op: int) -> CorruptionError:
-    return CorruptionError(name, offset, lsn, op, "two live ops want the same slot")

@@ -209,10 +209,8 @@ class Journal(Reading):
                     return done  # type: ignore[no-any-return]
                 args: tuple[Any, ...] = (self._writer, payload, length, kind)
                 return self._append_again(done, self._append_next, args, fmt.frame_bytes(length), 0)
-        data = payload if type(payload) is bytes else self._bytes(payload)
+        data = self._data(payload)
         length = len(data)
-        if length > self._max_payload_bytes:
-            raise PayloadTooLargeError(f"{length} bytes; max_payload_bytes is {self._max_payload_bytes}")
         flags = self._flags
         if op is None:
             op = 0
@@ -302,6 +300,13 @@ class Journal(Reading):
             self._engine.make_way(code, frame_bytes, op)
             code = call(*args)
         return code
+
+    def _data(self, payload: Any) -> bytes:
+        """The payload of one entry. TypeError, ValueError, PayloadTooLargeError."""
+        data = payload if type(payload) is bytes else self._bytes(payload)
+        if len(data) > self._max_payload_bytes:
+            raise PayloadTooLargeError(f"{len(data)} bytes; max_payload_bytes is {self._max_payload_bytes}")
+        return data
 
     def _bytes(self, payload: Any) -> bytes:
         """The payload of any other type. Copied here already: an exception would otherwise keep the

@@ -18,7 +18,6 @@ from typing import Any, Protocol, TypeVar
 
 from mmapwal import format as fmt
 from mmapwal._native import lib
-from mmapwal.disposal import Disposal
 from mmapwal.errors import JournalError
 from mmapwal.segment import NewSegment, SegmentSet
 from mmapwal.storage import Directory
@@ -43,7 +42,6 @@ class Engine(Protocol):
     structure: threading.RLock
     writer: Any
     segments: SegmentSet
-    disposal: Disposal
 
     @property
     def superblock(self) -> Superblock: ...
@@ -58,6 +56,7 @@ class Engine(Protocol):
     def add_target(self, record: SegmentRecord) -> None: ...
     def remove_files(self, names: Iterable[str]) -> list[str]: ...
     def dispose(self, names: Iterable[str]) -> None: ...
+    def made_room(self, error: OSError) -> bool: ...
     def poison(self, stage: str, cause: BaseException | None) -> None: ...
 
 
@@ -86,8 +85,7 @@ class Preparer:
             try:
                 self._make(engine, record)
             except OSError as e:
-                # Space that a compaction has given back may be on its way.
-                if e.errno not in NO_SPACE or not engine.disposal.wait():
+                if not engine.made_room(e):
                     raise
                 self._make(engine, record)
             self._name(engine, record, prepared)
