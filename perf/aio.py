@@ -19,6 +19,7 @@ from common import (
     MIB,
     PAYLOAD_BYTES,
     Report,
+    band,
     finish,
     frame_bytes,
     interleave,
@@ -113,9 +114,7 @@ def picture(report: Report, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(5.5, 3.4))
     for inline, label in ((False, "committer's thread"), (True, "inline")):
         values = [report.extra["rates"][name_of(n, inline=inline)] for n in TASKS]
-        axes.plot(TASKS, [np.median(v) for v in values], "o-", ms=4, label=label)
-        low, high = (np.percentile(values, q, axis=1) for q in (25, 75))
-        axes.fill_between(TASKS, low, high, alpha=0.2)
+        band(axes, TASKS, values, label)
     axes.axhline(np.median(report.extra["rates"][RAW]), color="black", linestyle="--", lw=1, label=RAW)
     axes.set_xscale("log")
     axes.set_yscale("log")

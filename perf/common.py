@@ -284,6 +284,13 @@ def save(figure: Any, path: Path) -> None:
     pyplot().close(figure)
 
 
+def band(axes: Any, at: Sequence[float], samples: Sequence[Sequence[float]], label: str) -> None:
+    """A line through the medians, and the quartiles around it."""
+    axes.plot(at, [np.median(s) for s in samples], "o-", ms=4, label=label)
+    low, high = (np.percentile(samples, q, axis=1) for q in (25, 75))
+    axes.fill_between(at, low, high, alpha=0.2)
+
+
 def bars(report: Report, path: Path) -> None:
     """Every row with a target or an aim, as a share of it: what reaches the line holds it."""
     rows = [r for r in report.rows if r.target is not None or r.aim is not None]

@@ -118,7 +118,21 @@ class Lmdb:
         self._env.close()
 
 
-class Rocksdict:
+class ByKey:
+    """What reads a key-value store whose keys are op numbers, big-endian."""
+
+    _db: Any
+
+    def get(self, op: int) -> bytes:
+        return bytes(self._db.get(key_of(op)))
+
+    def read_each(self, ops: Sequence[int]) -> None:
+        get = self._db.get
+        for op in ops:
+            get(op.to_bytes(8, "big"))
+
+
+class Rocksdict(ByKey):
     """rocksdict: raw mode, WriteOptions.sync = True, WriteBatch for 64"""
 
     def __init__(self, folder: Path) -> None:
@@ -140,14 +154,6 @@ class Rocksdict:
             batch.put(key_of(self._op), payload)
         self._db.write(batch, write_opt=self._options)
 
-    def get(self, op: int) -> bytes:
-        return bytes(self._db.get(key_of(op)))
-
-    def read_each(self, ops: Sequence[int]) -> None:
-        get = self._db.get
-        for op in ops:
-            get(op.to_bytes(8, "big"))
-
     def iterate(self) -> None:
         drain(self._db.values())
 
@@ -155,7 +161,7 @@ class Rocksdict:
         self._db.close()
 
 
-class Plyvel:
+class Plyvel(ByKey):
     """plyvel (LevelDB): sync=True with every put and every write_batch"""
 
     def __init__(self, folder: Path) -> None:
@@ -171,14 +177,6 @@ class Plyvel:
             for payload in payloads:
                 self._op += 1
                 batch.put(key_of(self._op), payload)
-
-    def get(self, op: int) -> bytes:
-        return bytes(self._db.get(key_of(op)))
-
-    def read_each(self, ops: Sequence[int]) -> None:
-        get = self._db.get
-        for op in ops:
-            get(op.to_bytes(8, "big"))
 
     def iterate(self) -> None:
         drain(self._db.iterator(include_key=False))

@@ -22,6 +22,7 @@ from common import (
     PAYLOAD_BYTES,
     Report,
     SqliteLog,
+    band,
     finish,
     frame_bytes,
     interleave,
@@ -157,9 +158,7 @@ def picture(report: Report, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(5.5, 3.4))
     for kind, label in (("journal", "mmapwal, Python threads"), ("group", "plain leader and followers, C")):
         values = [report.extra["rates"][f"{kind} {n}"] for n in THREADS]
-        axes.plot(THREADS, [np.median(v) for v in values], "o-", ms=4, label=label)
-        low, high = (np.percentile(values, q, axis=1) for q in (25, 75))
-        axes.fill_between(THREADS, low, high, alpha=0.2)
+        band(axes, THREADS, values, label)
     for name, style in ((RAW, "--"), (SQLITE, ":")):
         axes.axhline(np.median(report.extra["rates"][name]), color="black", linestyle=style, lw=1, label=name)
     axes.set_xscale("log", base=2)
