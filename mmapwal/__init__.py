@@ -8,6 +8,7 @@ space back.
 import logging
 
 from mmapwal.aio import AsyncJournal
+from mmapwal.backup import BackupReport
 from mmapwal.columns import Columns, Header
 from mmapwal.errors import (
     BusyError,
@@ -52,6 +53,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AsyncJournal",
+    "BackupReport",
     "BusyError",
     "ClosedError",
     "Columns",

@@ -24,6 +24,9 @@ SEGMENT_BYTES_MIN = 4 * PAGE_BYTES
 SEGMENT_BYTES_MAX = 1 << 30
 SLOTS_MAX = 1 << 32
 PAYLOAD_BYTES_MAX = 1 << 30
+CAPACITY_MAX = 1 << 32  # of one segment: a batch of the largest payload fits, whatever is behind it
+LSN_MAX = 2**63 - 1
+ALIGN_CHOICES = (0, 512, 4096)
 REMOVALS_MAX = 64
 SUPERBLOCK_BYTES_MAX = 64 << 20
 

@@ -3,6 +3,7 @@ and rebuilt from them after an unclean close; its first page publishes how far t
 
 from __future__ import annotations
 
+import errno
 import struct
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -29,6 +30,21 @@ def _header(uuid: bytes, slot_count: int) -> bytes:
     header["salt"] = fmt.journal_salt(uuid)
     header["crc"] = fmt.crc32c(header.tobytes()[: fmt.INDEX_CRC_OFFSET])
     return bytes(header.tobytes())
+
+
+def _is_page_of(uuid: bytes, slot_count: int, page: bytes | memoryview) -> bool:
+    """By what never changes of it."""
+    checked = fmt.INDEX_PROGRESS_OFFSET
+    return bytes(page[:checked]) == _header(uuid, slot_count)[:checked]
+
+
+def _progress_on(page: Any) -> tuple[int, int]:
+    out = ffi.new("struct mw_progress *")
+    rc = lib.mw_progress_read(page, out)
+    if rc == lib.MW_E_MISSING:
+        return 0, 0
+    _check(rc)
+    return int(out.written_lsn), int(out.durable_lsn)
 
 
 def _check(rc: int) -> int:
@@ -62,10 +78,8 @@ class SlotIndex:
         except FileNotFoundError:
             return None
         try:
-            header = _header(uuid, slot_count)
-            checked = fmt.INDEX_PROGRESS_OFFSET
             right = len(storage) == fmt.PAGE_BYTES + slot_count * fmt.SLOT_BYTES
-            if right and bytes(storage.read_at(0, checked)) == header[:checked]:
+            if right and _is_page_of(uuid, slot_count, storage.read_at(0, fmt.INDEX_PROGRESS_OFFSET)):
                 return cls(storage, slot_count, fresh=False)
         except BaseException:
             storage.close()
@@ -93,12 +107,7 @@ class SlotIndex:
 
     def progress(self) -> tuple[int, int]:
         """(written, durable) LSN that the page publishes; zeros when it does not verify."""
-        out = ffi.new("struct mw_progress *")
-        rc = lib.mw_progress_read(self.page, out)
-        if rc == lib.MW_E_MISSING:
-            return 0, 0
-        _check(rc)
-        return int(out.written_lsn), int(out.durable_lsn)
+        return _progress_on(self.page)
 
     def crc(self) -> int:
         """CRC32C of all slots."""
@@ -134,7 +143,7 @@ class SlotIndex:
 
     def copy(self) -> npt.NDArray[Any]:
         """The slots as they are, each one whole; the journal may go on meanwhile."""
-        out = np.empty(self.slot_count, fmt.SLOT)
+        out = rebuilt_slots(self.slot_count)
         target = ffi.cast("struct mw_slot *", ffi.from_buffer(out))
         _check(lib.mw_slots_copy(target, self.slots, self.slot_count))
         return out
@@ -164,9 +173,28 @@ class SlotIndex:
         self._storage.close()
 
 
+def published_progress(directory: Directory, uuid: bytes, slot_count: int) -> tuple[int, int]:
+    """(written, durable) LSN that the index page of a journal publishes, also one that another process has
+    open; zeros when it is not of this journal or does not verify."""
+    try:
+        storage = directory.open(fmt.INDEX_NAME)
+    except FileNotFoundError:
+        return 0, 0
+    try:
+        page = bytes(storage.read_at(0, fmt.PAGE_BYTES))
+    finally:
+        storage.close()
+    if len(page) < fmt.PAGE_BYTES or not _is_page_of(uuid, slot_count, page):
+        return 0, 0
+    return _progress_on(ffi.cast("struct mw_index_header *", ffi.from_buffer(page)))
+
+
 def rebuilt_slots(slot_count: int) -> npt.NDArray[Any]:
-    """Empty slots in private memory, for a scan to fill."""
-    return np.zeros(slot_count, fmt.SLOT)
+    """Empty slots in private memory, for a scan to fill. OSError when there is not so much."""
+    try:
+        return np.zeros(slot_count, fmt.SLOT)
+    except MemoryError as e:
+        raise OSError(errno.ENOMEM, f"no memory for {slot_count} slots", fmt.INDEX_NAME) from e
 
 
 def slot_pointer(slots: npt.NDArray[Any]) -> Any:

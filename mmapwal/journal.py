@@ -20,6 +20,7 @@ from typing_extensions import Buffer
 from mmapwal import compaction, removal
 from mmapwal import format as fmt
 from mmapwal._native import ffi, lib
+from mmapwal.backup import BackupReport, backup_open
 from mmapwal.engine import Engine
 from mmapwal.errors import (
     ClosedError,
@@ -106,7 +107,7 @@ class Journal(Reading):
             _choice(
                 "segment_bytes", segment_bytes, fmt.SEGMENT_BYTES_MIN, fmt.SEGMENT_BYTES_MAX, fmt.PAGE_BYTES
             )
-        if commit_align_bytes is not None and commit_align_bytes not in {0, 512, 4096}:
+        if commit_align_bytes is not None and commit_align_bytes not in fmt.ALIGN_CHOICES:
             raise ValueError(f"commit_align_bytes is 0, 512 or 4096; not {commit_align_bytes}")
         _choice("max_payload_bytes", max_payload_bytes, 0, fmt.PAYLOAD_BYTES_MAX)
         if sync_interval_ms is not None and not sync_interval_ms > 0:
@@ -483,6 +484,28 @@ class Journal(Reading):
         while it reads everything. Changes nothing. OSError when the disk fails."""
         self._engine.check_usable()
         return verify_open(self._engine, progress)
+
+    def backup(
+        self, destination: str | os.PathLike[str] | Directory, progress: Progress | None = None
+    ) -> BackupReport:
+        """Copies the journal, with its paired snapshot where recover() keeps it, into a directory, made if
+        missing (its parent must exist), which opens by itself: `Journal(destination)`. Has all that was
+        appended before the call, and is durable at return. Appends, reads and changes of structure go on.
+
+        Blocks are shared where the file system can (xfs, btrfs). A directory that has an earlier backup of
+        this journal takes what is new; segments that are there already stay. A crash leaves there what was
+        there before, or the new backup.
+
+        All that is copied is checked: CorruptionError, or SnapshotError, says what is damaged. LockedError
+        while another backup goes to that directory; IncompatibleFormatError when it holds another journal,
+        JournalError when it was opened as a journal since. OSError: nothing has changed for who opens the
+        directory; PoisonedError, ClosedError, ForkedError. `progress(done, total)` in bytes. A Directory
+        that is given is closed.
+        """
+        self._engine.check_usable()
+        if isinstance(destination, str | os.PathLike):
+            destination = SystemDirectory(destination)
+        return backup_open(self._engine, destination, progress)
 
 
 def out_of_range(error: Exception, kind: Any, timestamp: Any) -> Exception:

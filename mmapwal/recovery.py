@@ -45,6 +45,7 @@ STOP_REASONS = {
     lib.MW_STOP_PAYLOAD: "the checksum of the payload is wrong",
     lib.MW_STOP_TYPE: "the frame is of a type that this version does not know",
     lib.MW_STOP_CONFLICT: "two live ops want the same slot",
+    lib.MW_STOP_OP: "the frame's op is none that a journal has",
 }
 
 
@@ -416,13 +417,15 @@ def rewrite_unproven(
         end = min(found.ends.get(record.id, found.tail_lsn), found.tail_lsn)
         if end <= start or end <= found.proven_lsn:
             continue
+        copy = _checked_copy(segment, start, end, superblock)
+        if copy is None and start > record.base_lsn:  # what is proven ends within a frame
+            start = record.base_lsn
+            copy = _checked_copy(segment, start, end, superblock)
+        if copy is None:
+            raise CorruptionError(
+                record.name, fmt.PAGE_BYTES, record.base_lsn, None, "the segment changed while it was read"
+            )
         at = fmt.PAGE_BYTES + start - record.base_lsn
-        copy = bytearray(end - start)
-        source = ffi.cast("const uint8_t *", segment.frames) + (start - record.base_lsn)
-        rc = lib.mw_copy_guarded(ffi.from_buffer(copy), source, len(copy))
-        if rc < 0:
-            raise OSError(-rc, "reading the segment failed", record.name)
-        _check_copy(copy, start, segment, superblock)
         if superblock.align_bytes:
             new = replace(record, generation=record.generation + 1)
             make_segment(directory, superblock.uuid, new, [(at, copy)])
@@ -438,7 +441,15 @@ def rewrite_unproven(
     return renewed, total
 
 
-def _check_copy(copy: bytearray, start: int, segment: Segment, superblock: Superblock) -> None:
+def _checked_copy(segment: Segment, start: int, end: int, superblock: Superblock) -> bytearray | None:
+    """The bytes between two LSNs; None unless they are whole frames. OSError."""
+    copy = bytearray(end - start)
+    source = ffi.cast("const uint8_t *", segment.frames) + (start - segment.record.base_lsn)
+    rc = lib.mw_copy_guarded(ffi.from_buffer(copy), source, len(copy))
+    if rc < 0:
+        raise OSError(-rc, "reading the segment failed", segment.record.name)
+    if len(copy) < fmt.FRAME_BYTES:
+        return None
     first = np.frombuffer(copy, fmt.FRAME, 1)[0]
     scan = scan_fields(
         frames=ffi.from_buffer(copy), base_lsn=start, capacity=len(copy), limit_lsn=start + len(copy),
@@ -446,11 +457,8 @@ def _check_copy(copy: bytearray, start: int, segment: Segment, superblock: Super
         watermark=0, salt=segment.salt, link=int(first["link"]), lsn=start,
     )  # fmt: skip
     native_scan(scan, segment.record.name)
-    if scan.stop not in {lib.MW_STOP_LIMIT, lib.MW_STOP_END} or scan.lsn != start + len(copy):
-        raise CorruptionError(
-            segment.record.name, fmt.PAGE_BYTES + int(scan.lsn) - segment.record.base_lsn, int(scan.lsn),
-            None, "the segment changed while it was read",
-        )  # fmt: skip
+    whole = scan.stop in {lib.MW_STOP_LIMIT, lib.MW_STOP_END} and scan.lsn == start + len(copy)
+    return copy if whole else None
 
 
 class Stopwatch:

@@ -227,8 +227,8 @@ class SnapshotCoordinator:
         paired = self._journal.pairing
         self._snapshots.protected_op = paired[0] if paired is not None else None
         if paired is not None and paired[0] == op:
-            # Damaged or gone: then the state in memory is the only one, and is written again.
-            with contextlib.suppress(SnapshotError, OSError):
+            # Damaged or gone: it is written again. Only unreadable now: a crash would leave neither of them.
+            with contextlib.suppress(SnapshotError):
                 return self._finish(self._snapshots.load_paired(*paired))
         try:
             snapshot = self._snapshots.save(op, data)

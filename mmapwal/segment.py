@@ -51,23 +51,27 @@ def check_header(data: bytes, uuid: bytes, record: SegmentRecord) -> None:
     header: Any = np.frombuffer(data, fmt.SEGMENT_HEADER, 1)[0]
     if bytes(header["magic"]) != fmt.SEGMENT_MAGIC:
         raise damaged(0, "not a segment")
-    if int(header["version"]) != fmt.FORMAT_VERSION:
-        raise IncompatibleFormatError(f"{record.name}: format version {header['version']}")
     if int(header["crc"]) != fmt.crc32c(data[: fmt.SEGMENT_HEADER.itemsize - 4]):
         raise damaged(0, "the checksum of the header is wrong")
+    if int(header["version"]) != fmt.FORMAT_VERSION:
+        raise IncompatibleFormatError(f"{record.name}: format version {header['version']}")
     if data[: fmt.SEGMENT_HEADER.itemsize] != encode_header(uuid, record)[: fmt.SEGMENT_HEADER.itemsize]:
         raise damaged(0, "the segment belongs to another journal or another place")
 
 
 class NewSegment:
-    """A segment file in the making, under a temporary name. For one thread at a time.
+    """A segment file in the making, under a temporary name. For one thread at a time. `replaces`: a
+    superblock names a file of that name already.
 
-    OSError from any call: discard() it; nothing exists under its name, or nothing that a superblock
-    names.
+    OSError from any call: discard() it; nothing exists under its name, or nothing that a superblock names,
+    or what was there before, or all of the new.
     """
 
-    def __init__(self, directory: Directory, uuid: bytes, record: SegmentRecord) -> None:
+    def __init__(
+        self, directory: Directory, uuid: bytes, record: SegmentRecord, *, replaces: bool = False
+    ) -> None:
         self.record = record
+        self._replaces = replaces
         self._directory = directory
         self._length = fmt.PAGE_BYTES + record.capacity
         self._end = fmt.PAGE_BYTES
@@ -134,22 +138,22 @@ class NewSegment:
         self._directory.sync()
 
     def discard(self) -> None:
-        """Nothing is left of it."""
+        """Nothing is left of it, under a name that is its own."""
         with contextlib.suppress(OSError, AttributeError):  # it may not even have been opened
             self._storage.close()
-        for name in (self._temporary, self.record.name):
+        for name in (self._temporary, *(() if self._replaces else (self.record.name,))):
             with contextlib.suppress(OSError):
                 self._directory.unlink(name)
 
 
 def make_segment(
     directory: Directory, uuid: bytes, record: SegmentRecord, contents: Iterable[tuple[int, Any]] = (), *,
-    sparse: bool = False, source: Storage | None = None,
+    sparse: bool = False, source: Storage | None = None, replaces: bool = False,
 ) -> None:  # fmt: skip
     """Makes the file under its name, durable at return: header, zeros to the end, then `contents`
     (offset, bytes). `sparse` leaves holes instead of zeros; memoryviews are also what `source` has at the
-    same place. Blocks. OSError: nothing exists under the name, or nothing that a superblock names."""
-    making = NewSegment(directory, uuid, record)
+    same place. Blocks. OSError, and `replaces`: as NewSegment."""
+    making = NewSegment(directory, uuid, record, replaces=replaces)
     try:
         if sparse:
             making.leave_holes()

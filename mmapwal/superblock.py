@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
@@ -21,6 +21,8 @@ from mmapwal.errors import CorruptionError, IncompatibleFormatError, PoisonedErr
 from mmapwal.storage import Directory, Storage
 
 log = logging.getLogger("mmapwal")
+
+_U32_MAX = 2**32 - 1
 
 __all__ = ["Removal", "Seal", "SegmentRecord", "Superblock", "SuperblockFile", "read_superblock"]
 
@@ -96,6 +98,13 @@ class Superblock:
         """The next epoch, from `start_lsn` on; it breaks the seal."""
         return replace(self, epoch=self.epoch + 1, epoch_start_lsn=start_lsn, seal=None)
 
+    @property
+    def encoded_bytes(self) -> int:
+        """How many bytes encode() gives."""
+        lists = len(self.segments) * fmt.SUPERBLOCK_SEGMENT.itemsize
+        lists += len(self.removals) * fmt.SUPERBLOCK_REMOVAL.itemsize
+        return fmt.SUPERBLOCK_HEAD.itemsize + lists + 4
+
     def encode(self) -> bytes:
         head: Any = np.zeros((), fmt.SUPERBLOCK_HEAD)
         head["magic"] = fmt.SUPERBLOCK_MAGIC
@@ -121,7 +130,7 @@ class Superblock:
             fmt.SUPERBLOCK_SEGMENT,
         )
         removals = np.array([(r.first, r.last, r.below_lsn) for r in self.removals], fmt.SUPERBLOCK_REMOVAL)
-        head["bytes"] = head.nbytes + segments.nbytes + removals.nbytes + 4
+        head["bytes"] = self.encoded_bytes
         body: bytes = head.tobytes() + segments.tobytes() + removals.tobytes()
         return body + struct.pack("<I", fmt.crc32c(body))
 
@@ -146,9 +155,13 @@ class Superblock:
         if struct.unpack_from("<I", data, end)[0] != fmt.crc32c(data[:end]):
             raise ValueError("its checksum is wrong")
         flags = int(head["flags"])
+        if flags & ~(fmt.SUPERBLOCK_SEALED | fmt.SUPERBLOCK_PAIRED):
+            raise ValueError(f"it has flags that nobody sets: {flags:#x}")
+        if removal_count > fmt.REMOVALS_MAX or int(head["user_bytes"]) > fmt.USER_DATA_BYTES_MAX:
+            raise ValueError(f"it has {removal_count} removals and {head['user_bytes']} bytes of user data")
         segments = np.frombuffer(data, fmt.SUPERBLOCK_SEGMENT, segment_count, at)
         removals = np.frombuffer(data, fmt.SUPERBLOCK_REMOVAL, removal_count, removals_at)
-        return cls(
+        superblock = cls(
             uuid=bytes(head["uuid"]),
             slot_count=int(head["slot_count"]),
             segment_bytes=int(head["segment_bytes"]),
@@ -169,6 +182,51 @@ class Superblock:
             removals=tuple(Removal(*row) for row in removals.tolist()),
             user_data=bytes(head["user"])[: int(head["user_bytes"])],
         )
+        wrong = next(_contradictions(superblock), None)
+        if wrong is not None:
+            raise ValueError(f"it contradicts itself: {wrong}")
+        return superblock
+
+
+def _contradictions(s: Superblock) -> Iterator[str]:
+    """What no journal writes, though the checksum is right: sizes, places and counts are bounded here, before
+    anything is allocated, mapped or added up by them."""
+    if not 1 <= s.slot_count <= fmt.SLOTS_MAX:
+        yield f"{s.slot_count} slots"
+    sized = fmt.SEGMENT_BYTES_MIN <= s.segment_bytes <= fmt.SEGMENT_BYTES_MAX
+    if not sized or s.segment_bytes % fmt.PAGE_BYTES:
+        yield f"segments of {s.segment_bytes} bytes"
+    if s.align_bytes not in fmt.ALIGN_CHOICES:
+        yield f"commits aligned to {s.align_bytes} bytes"
+    if not 1 <= s.epoch < _U32_MAX or s.sequence >= fmt.LSN_MAX or s.next_segment_id >= fmt.LSN_MAX:
+        yield f"epoch {s.epoch}, sequence {s.sequence}, next segment {s.next_segment_id}"
+    if s.watermark > fmt.OP_MAX or (s.pairing is not None and s.pairing[0] > s.watermark):
+        yield f"watermark {s.watermark}, paired with {s.pairing}"
+    yield from _misplaced(s)
+    if not fmt.FIRST_LSN <= s.epoch_start_lsn <= s.next_base_lsn <= fmt.LSN_MAX:
+        yield f"the epoch starts at LSN {s.epoch_start_lsn}, the segments end at {s.next_base_lsn}"
+    for r in s.removals:
+        if not 1 <= r.first <= r.last <= fmt.OP_MAX or r.below_lsn > s.next_base_lsn:
+            yield f"{r}"
+    if s.seal is not None:
+        live, first, last = s.seal.live, s.seal.first_op, s.seal.last_op
+        counted = s.watermark < first <= last <= fmt.OP_MAX and live <= min(s.slot_count, last - first + 1)
+        if live == 0:
+            counted = first == last == 0
+        if not counted or not s.epoch_start_lsn <= s.seal.lsn <= s.next_base_lsn:
+            yield f"{s.seal}"
+
+
+def _misplaced(s: Superblock) -> Iterator[str]:
+    """Segments that are no segments, or not in order one behind the other."""
+    end, last_id = fmt.FIRST_LSN, 0
+    for r in s.segments:
+        sized = 0 < r.capacity <= fmt.CAPACITY_MAX and r.capacity % fmt.PAGE_BYTES == 0
+        placed = r.base_lsn >= end and r.base_lsn % 8 == 0 and last_id < r.id < s.next_segment_id
+        ended = r.end_lsn == 0 or r.base_lsn < r.end_lsn <= r.next_base_lsn
+        if not (sized and placed and ended and r.generation < _U32_MAX):
+            yield f"{r}"
+        end, last_id = r.next_base_lsn, r.id
 
 
 def _is_rot_of_version(data: bytes) -> bool:
@@ -250,7 +308,7 @@ class SuperblockFile:
 
     def _allocate_spare(self) -> None:
         """Blocks for the next one, so that space can be given back on a full disk. Best effort."""
-        room = len(self.current.encode()) + fmt.PAGE_BYTES
+        room = self.current.encoded_bytes + fmt.PAGE_BYTES
         room += -room % fmt.PAGE_BYTES
         try:
             spare = self._directory.create(fmt.SUPERBLOCK_SPARE_NAME)

@@ -17,7 +17,7 @@ from mmapwal.segment import Segment, SegmentTable, native_scan, scan_fields
 from mmapwal.storage import Directory, SystemDirectory
 from mmapwal.superblock import Superblock, read_superblock
 
-__all__ = ["Problem", "VerifyReport", "inspect", "verify_open"]
+__all__ = ["Problem", "VerifyReport", "inspect", "scan_segment", "stop_problem", "verify_open"]
 
 Progress = Callable[[int, int], None]
 
@@ -104,7 +104,8 @@ def _inspect(directory: Directory, superblock: Superblock, progress: Progress | 
         problems += _later_problems(table, superblock, found)
         seal = superblock.seal
         if seal is not None and not problems and index is not None and index.crc() == seal.index_crc:
-            problems += _index_problems(index, found.slots[0], seal.lsn)
+            problems += _index_problems(index.copy(), found.slots[0], seal.lsn, seal.lsn)
+            problems += _summary_problems(found.slots[0], (seal.live, seal.first_op, seal.last_op))
     finally:
         if index is not None:
             index.close()
@@ -120,11 +121,12 @@ def _later_problems(table: SegmentTable, superblock: Superblock, found: Scanned)
             continue
         scan = scan_segment(segment, superblock, limit_lsn=record.end_lsn)
         if scan.lsn < record.end_lsn:
-            problems.append(_stop_problem(segment, scan))
+            problems.append(stop_problem(segment, scan))
     return problems
 
 
-def _stop_problem(segment: Segment, scan: Any) -> Problem:
+def stop_problem(segment: Segment, scan: Any) -> Problem:
+    """Why a scan of the segment went no further."""
     offset = fmt.PAGE_BYTES + int(scan.lsn) - segment.record.base_lsn
     reason = STOP_REASONS.get(int(scan.stop), "the segment ends here")
     return Problem(segment.record.name, offset, int(scan.lsn), int(scan.op) or None, reason)
@@ -145,17 +147,29 @@ def scan_segment(segment: Segment, superblock: Superblock, *, limit_lsn: int, sl
     return scan
 
 
-def _index_problems(index: SlotIndex, slots: Any, below_lsn: int) -> list[Problem]:
-    """Slots that name another frame than the newest live one."""
-    present = index.copy()
-    wrong = (present["lsn"] != slots["lsn"]) & (present["lsn"] < below_lsn)
+def _index_problems(present: Any, slots: Any, below_lsn: int, end_lsn: int) -> list[Problem]:
+    """Slots that differ from the newest live frame, where that is below an LSN, or that name what lies
+    behind the end."""
+    taken = present["lsn"] != 0  # of an empty one nothing else counts
+    wrong = (present["lsn"] != slots["lsn"]) | taken & (present != slots)
+    wrong = wrong & (present["lsn"] < below_lsn) | (present["lsn"] >= end_lsn)
     return [
         Problem(
             fmt.INDEX_NAME, fmt.PAGE_BYTES + int(i) * fmt.SLOT_BYTES, int(present["lsn"][i]), None,
-            f"the slot should name LSN {slots['lsn'][i]}",
+            f"the slot should name LSN {slots['lsn'][i]}, op {slots['op'][i]}",
         )
         for i in wrong.nonzero()[0][:100]
     ]  # fmt: skip
+
+
+def _summary_problems(slots: Any, told: tuple[int, int, int]) -> list[Problem]:
+    """`told`: how many entries are said to live, the first and the last op."""
+    ops = slots["op"][slots["lsn"] != 0]
+    found = (len(ops), int(ops.min()), int(ops.max())) if len(ops) else (0, 0, 0)
+    if found == told:
+        return []
+    reason = "it counts {} entries, ops {} .. {}; there are {}, ops {} .. {}".format(*told, *found)
+    return [Problem(fmt.INDEX_NAME, 0, 0, None, reason)]
 
 
 def verify_open(engine: Engine, progress: Progress | None = None) -> VerifyReport:
@@ -180,12 +194,23 @@ def verify_open(engine: Engine, progress: Progress | None = None) -> VerifyRepor
         entries += int(scan.entry_count)
         scanned += int(scan.lsn) - segment.record.base_lsn
         if scan.stop not in {lib.MW_STOP_LIMIT, lib.MW_STOP_END}:
-            problems.append(_stop_problem(segment, scan))
+            problems.append(stop_problem(segment, scan))
         done += segment.record.capacity
         if progress is not None:
             progress(done, total)
     if not problems:
-        wrong = _index_problems(engine.index, slots, int(state.durable_lsn))
+        present = engine.index.copy()
+        wrong = _index_problems(present, slots, int(state.durable_lsn), _staged_lsn(engine))
+        if state.durable_lsn == state.written_lsn and not state.staged_bytes:
+            wrong += _summary_problems(slots, (int(state.live), int(state.first_op), int(state.last_op)))
         if engine.superblock.sequence == superblock.sequence:
             problems += wrong
     return VerifyReport(frames, entries, scanned, tuple(problems))
+
+
+def _staged_lsn(engine: Engine) -> int:
+    """Where the next entry goes: behind all that any slot names."""
+    with engine.structure:
+        state = engine.state()
+        staged = next((s for s in engine.superblock.segments if s.id == state.stage_id), None)
+    return int(state.written_lsn if staged is None else staged.next_base_lsn - state.stage_room)

@@ -178,7 +178,8 @@ enum mw_stop {
     MW_STOP_LENGTH = 9,
     MW_STOP_PAYLOAD = 10,       /* checksum of the payload */
     MW_STOP_TYPE = 11,
-    MW_STOP_CONFLICT = 12       /* two live ops want one slot */
+    MW_STOP_CONFLICT = 12,      /* two live ops want one slot */
+    MW_STOP_OP = 13             /* an entry whose op is none */
 };
 
 struct mw_scan {

@@ -210,7 +210,10 @@ static int write_below(struct mw_writer *w, uint64_t lsn) {
 }
 
 static void take_lead(struct mw_writer *w) {
-    while (w->leading) pthread_cond_wait(&w->idle, &w->mutex);
+    w->lead_wanted++;
+    while (w->leading && !w->lead_given) pthread_cond_wait(&w->idle, &w->mutex);
+    w->lead_wanted--;
+    w->lead_given = false;
     w->leading = true;
 }
 

@@ -34,6 +34,7 @@ static int check_header(const struct mw_scan *s, const struct mw_frame *f, uint6
     if (f->header_crc != crc) return MW_STOP_HEADER;
     if (f->lsn != lsn) return MW_STOP_PLACE;
     if (f->type < MW_ENTRY || f->type > MW_PAD) return MW_STOP_TYPE;
+    if (f->type == MW_ENTRY && (f->op == 0 || f->op > INT64_MAX)) return MW_STOP_OP;
     if (f->epoch > s->epoch) return MW_STOP_FUTURE_EPOCH;
     if (lsn >= s->epoch_start_lsn && f->epoch != s->epoch) return MW_STOP_OLD_EPOCH;
     if (mw_frame_bytes(f->length) > s->base_lsn + s->capacity - lsn) return MW_STOP_LENGTH;

@@ -82,9 +82,16 @@ static void await_company(struct mw_writer *w) {
     }
 }
 
-/* What was staged meanwhile needs a leader of its own. */
+/* By turns to one who waits to lead for a reason of his own (sync, rotation), and to who has staged meanwhile: among
+ * many who append he would hardly ever find nobody leading. */
 void step_down(struct mw_writer *w) {
-    w->leading = false;
+    w->lead_given = w->lead_wanted > 0 && !w->lead_was_given;
+    w->lead_was_given = w->lead_given;
+    w->leading = w->lead_given;
+    if (w->lead_given) {
+        pthread_cond_broadcast(&w->idle);
+        return;
+    }
     if (w->open->waiters != NULL) wake(w->open, 1);
     else pass_to_committer(w);
     pthread_cond_broadcast(&w->idle);

@@ -50,6 +50,8 @@ struct mw_writer {
     struct mw_config config;
     volatile int forked;       /* set in a child before it can touch anything else */
     bool leading, closed, epoch_owed;
+    bool lead_given, lead_was_given;    /* to one of those who wait to lead: he is leading already; the last time */
+    uint32_t lead_wanted;      /* how many wait for that */
     int poison_stage, poison_errno;
 
     struct group groups[2];

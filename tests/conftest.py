@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import weakref
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,9 +21,11 @@ if TYPE_CHECKING:
     from mmapwal import Journal
 
 KINDS = ("mapped", "file", "memory")
+TALLY = "tally"
 NOTHING_SKIPS = os.environ.get("MMAPWAL_CI") == "1"
 
-settings.register_profile("mmapwal", deadline=None, print_blob=True)
+# Where a change goes in, the same code is asked the same questions; elsewhere each run asks others.
+settings.register_profile("mmapwal", deadline=None, print_blob=True, derandomize=NOTHING_SKIPS)
 settings.load_profile("mmapwal")
 
 
@@ -59,6 +62,38 @@ def require() -> Callable[[object, str], None]:
             pytest.skip(reason)
 
     return check
+
+
+# --- how much is tried, and what was ------------------------------------------------------------------
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    effort = parser.getgroup("effort", "how much to try: the defaults are for every day")
+    effort.addoption("--crash-states", type=int, default=200, help="crash states to check for each scenario")
+    effort.addoption("--power-cycles", type=int, default=20, help="cuts of the power for each combination")
+    effort.addoption("--fuzz-inputs", type=int, default=200, help="inputs, or random lives, for each fuzzer")
+
+
+@pytest.fixture
+def tally(request: pytest.FixtureRequest) -> Callable[[str, int], None]:
+    """`tally("crash states of a drain", 200)`: what the test tried, for the sum at the end of the run."""
+
+    def add(what: str, count: int = 1) -> None:
+        request.node.user_properties.append((TALLY, [what, count]))
+
+    return add
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    sums: Counter[str] = Counter()
+    for report in terminalreporter.getreports("passed"):
+        for name, counted in report.user_properties:
+            if name == TALLY:
+                sums[counted[0]] += counted[1]
+    if sums:
+        terminalreporter.section("what was tried, in tests that passed")
+        for what, count in sorted(sums.items()):
+            terminalreporter.write_line(f"{count:14,}  {what}")
 
 
 # --- child processes ----------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ and names that no sync had covered may be there or not.
 
     print(assert_crash_safe(scenario, check))
 
-`FaultDirectory` wraps any directory, and makes one call fail:
+`FaultDirectory` wraps any directory, and makes one call fail (`FaultStorage` one file):
 
     for fault in every_fault(error=errno.ENOSPC):
         run(FaultDirectory(MemoryDirectory(), fault))     # until a run meets no failure
@@ -32,6 +32,7 @@ from mmapwal.testing.faults import (
     Call,
     Fault,
     FaultDirectory,
+    FaultStorage,
     InterposedDirectory,
     InterposedStorage,
     When,
@@ -49,6 +50,7 @@ __all__ = [
     "EffectKind",
     "Fault",
     "FaultDirectory",
+    "FaultStorage",
     "InterposedDirectory",
     "InterposedStorage",
     "When",

@@ -11,7 +11,7 @@ from typing import Any
 
 from typing_extensions import Buffer
 
-from mmapwal.storage import Directory, Storage, SyncMethod
+from mmapwal.storage import Directory, MemoryDirectory, Storage, SyncMethod
 
 CALL_KINDS = frozenset(
     {"create", "open", "names", "rename", "unlink", "dir_sync", "sync_parent", "subdirectory", "lock"}
@@ -290,3 +290,11 @@ class FaultDirectory(InterposedDirectory):
         fail = getattr(storage, "fail_sync", None)
         if fail is not None:
             fail()
+
+
+class FaultStorage(InterposedStorage):
+    """One Storage whose calls fail as `plan` says: what a FaultDirectory opens, for a storage that is there
+    already. `name` is what its errors name."""
+
+    def __init__(self, inner: Storage, plan: Fault, name: str = "storage") -> None:
+        super().__init__(FaultDirectory(MemoryDirectory(), plan), name, inner)

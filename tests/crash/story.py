@@ -282,10 +282,21 @@ def opened(disk: CrashDisk, **options: Any) -> Iterator[Journal]:
 def find(journal: Journal, wanted: Sequence[Contents]) -> Contents:
     found = contents_of(journal)
     assert found in wanted, (
-        f"recovery ({journal.report.outcome.value}) shows {found.describe()}\n  but accepted is only "
-        + "\n  or ".join(c.describe() for c in wanted)
+        f"{_fault_of(found, wanted)}: recovery ({journal.report.outcome.value}) shows "
+        f"{found.describe()}\n  but accepted is only " + "\n  or ".join(c.describe() for c in wanted)
     )
     return found
+
+
+def _fault_of(found: Contents, wanted: Sequence[Contents]) -> str:
+    """In one word what is wrong: an entry or a watermark that each of the wanted has is not there, or one is
+    there that none has; else what is there does not go together."""
+    known = [set(c.entries.items()) for c in wanted]
+    if set.intersection(*known) - set(found.entries.items()):
+        return "lost"
+    if set(found.entries.items()) - set.union(*known):
+        return "invented"
+    return "torn"
 
 
 def check(disk: CrashDisk, notes: Sequence[Note], **options: Any) -> None:

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 from mmapwal.errors import LockedError
-from mmapwal.storage import MemoryDirectory
+from mmapwal.storage import MemoryDirectory, MemoryStorage
 from mmapwal.testing import (
     CrashDisk,
     EffectKind,
     Fault,
     FaultDirectory,
+    FaultStorage,
     When,
     assert_crash_safe,
     every_fault,
@@ -506,6 +507,18 @@ def test_faults_reach_into_subdirectories_and_count_there() -> None:
     with pytest.raises(OSError, match="Input/output"):
         directory.subdirectory("sub").create("f")
     directory.subdirectory("sub").create("f").close()
+
+
+def test_one_storage_can_fail_by_itself() -> None:
+    storage = FaultStorage(
+        MemoryStorage(b"abcd"), Fault(2, kinds="write", error=errno.ENOSPC, when=When.SHORT)
+    )
+    storage.write_at(0, b"1")
+    with pytest.raises(OSError, match="No space left") as caught:
+        storage.write_at(2, b"34")
+    assert caught.value.filename == "storage"
+    assert bytes(storage.read_at(0, 4)) == b"1b3d"
+    storage.sync()
 
 
 def test_a_fault_of_an_unknown_kind_is_refused() -> None:

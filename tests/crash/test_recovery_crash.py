@@ -13,6 +13,7 @@ from mmapwal import Durability, SyncMethod
 from mmapwal.testing import CrashDisk, assert_crash_safe
 
 from . import scripts
+from .conftest import Check, Images
 from .scripts import Script
 from .story import Note, Story, check, told
 
@@ -24,15 +25,17 @@ def opens_and_appends(story: Story) -> None:
 
 
 def check_again(
-    disk: CrashDisk, notes: Sequence[Note], *, cuts: int, max_states: int, **options: Any
+    disk: CrashDisk, notes: Sequence[Note], *, last: Check, cuts: int, max_states: int, **options: Any
 ) -> None:
-    """Recovers, with the power going at each effect of that, so many times one in the other."""
+    """Recovers, with the power going at each effect of that, so many times one in the other; `last` is the
+    check of what comes of it."""
     if cuts == 0:
-        check(disk, notes, **options)
+        last(disk, notes)
         return
 
     def recheck(disk: CrashDisk, more: Sequence[Note]) -> None:
-        check_again(disk, [*notes, *more], cuts=cuts - 1, max_states=max(4, max_states // 8), **options)
+        inner = max(4, max_states // 8)
+        check_again(disk, [*notes, *more], last=last, cuts=cuts - 1, max_states=inner, **options)
 
     with told(opens_and_appends, notes, **options) as scenario:
         seed = zlib.crc32(repr(sorted(disk.kept)).encode())
@@ -62,31 +65,47 @@ SCRIPTS = [dies_with_a_torn_batch, dies_after_removals, scripts.dies_and_opens_a
 
 
 def explore(
-    script: Script, states: int, *, cuts: int = 1, disk: CrashDisk | None = None, **options: Any
+    images: Images,
+    script: Script,
+    states: int,
+    *,
+    cuts: int = 1,
+    disk: CrashDisk | None = None,
+    **options: Any,
 ) -> None:
-    inner = partial(check_again, cuts=cuts, max_states=24, **options)
-    with told(script, **options) as scenario:
+    disk = disk or CrashDisk()
+    with (
+        images.of("recovery cut short", f"by {disk.best_sync_method().value}") as counting,
+        told(script, **options) as scenario,
+    ):
+        last = counting(partial(check, **options))
+        inner = partial(check_again, last=last, cuts=cuts, max_states=24, **options)
         assert_crash_safe(scenario, inner, disk=disk, max_states=states)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__)
-def test_a_crash_of_recovery_loses_nothing(script: Script, crash_states: int) -> None:
-    explore(script, crash_states // 10)
+def test_a_crash_of_recovery_loses_nothing(script: Script, crash_states: int, images: Images) -> None:
+    explore(images, script, crash_states // 10)
 
 
-def test_a_crash_of_the_recovery_from_a_crash_of_recovery_loses_nothing(crash_states: int) -> None:
-    explore(dies_with_a_torn_batch, crash_states // 25, cuts=2)
+def test_a_crash_of_the_recovery_from_a_crash_of_recovery_loses_nothing(
+    crash_states: int, images: Images
+) -> None:
+    explore(images, dies_with_a_torn_batch, crash_states // 25, cuts=2)
 
 
 @pytest.mark.parametrize("durability", [Durability.OS, Durability.BUFFERED])
 def test_a_crash_while_the_unsynced_tail_is_written_again_loses_nothing(
-    durability: Durability, crash_states: int
+    durability: Durability, crash_states: int, images: Images
 ) -> None:
-    explore(dies_with_much_unsynced, crash_states // 10, durability=durability)
+    explore(images, dies_with_much_unsynced, crash_states // 10, durability=durability)
 
 
-def test_an_aligned_tail_that_is_damaged_while_it_is_written_again_is_not_lost(crash_states: int) -> None:
+def test_an_aligned_tail_that_is_damaged_while_it_is_written_again_is_not_lost(
+    crash_states: int, images: Images
+) -> None:
     explore(
+        images,
         dies_with_much_unsynced,
         crash_states // 10,
         disk=CrashDisk(damage=True),
@@ -95,9 +114,11 @@ def test_an_aligned_tail_that_is_damaged_while_it_is_written_again_is_not_lost(c
     )
 
 
-def test_the_same_where_a_commit_is_a_write_and_then_a_sync(crash_states: int) -> None:
-    explore(dies_with_a_torn_batch, crash_states // 10, disk=CrashDisk(sync_method=SyncMethod.FDATASYNC))
+def test_the_same_where_a_commit_is_a_write_and_then_a_sync(crash_states: int, images: Images) -> None:
+    explore(
+        images, dies_with_a_torn_batch, crash_states // 10, disk=CrashDisk(sync_method=SyncMethod.FDATASYNC)
+    )
 
 
-def test_a_clean_close_survives_a_crash_of_the_next_open(crash_states: int) -> None:
-    explore(scripts.closes_and_opens_again, crash_states // 10)
+def test_a_clean_close_survives_a_crash_of_the_next_open(crash_states: int, images: Images) -> None:
+    explore(images, scripts.closes_and_opens_again, crash_states // 10)

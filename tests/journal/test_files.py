@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from mmapwal import (
-    CorruptionError,
     IncompatibleFormatError,
     Journal,
     MemoryDirectory,
@@ -132,9 +131,7 @@ def test_every_byte_of_a_segments_header_matters(home: Home, how: str) -> None:
     name = segments(home)[1]
     for at in range(fmt.SEGMENT_HEADER.itemsize):
         flip(home.directory(), name, at, 0x10)
-        error = refused(home, (CorruptionError, IncompatibleFormatError))
-        assert isinstance(error, IncompatibleFormatError) == (8 <= at < 12)
-        assert name in str(error)
+        assert refused(home).segment == name
         flip(home.directory(), name, at, 0x10)
     assert contents_of(home.open()) == ENTRIES
 

@@ -83,6 +83,8 @@ def bad_frames() -> dict[str, tuple[str, dict[str, int]]]:
         "a shorter length": ("MW_STOP_PAYLOAD", {"length": 3}),
         "type 0": ("MW_STOP_TYPE", {"type": 0}),
         "an unknown type": ("MW_STOP_TYPE", {"type": lib.MW_PAD + 1}),
+        "op 0": ("MW_STOP_OP", {"op": 0}),
+        "an op above the highest": ("MW_STOP_OP", {"op": 2**63}),
         "an op whose slot is taken": ("MW_STOP_CONFLICT", {"op": 2 + SLOTS}),
     }
 

@@ -35,7 +35,7 @@ LAYERS = [
         "verify",
         "stats",
     },
-    {"journal", "snapshot"},
+    {"journal", "snapshot", "backup"},
     {"replica", "aio", "testing"},
     {"mmapwal"},
     {"cli", "integrations", "__main__"},

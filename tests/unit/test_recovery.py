@@ -43,9 +43,9 @@ BLANK = {STOPS[f"MW_STOP_{n}"] for n in ("NONE", "END", "LIMIT", "BLANK")}
 
 
 def test_the_findings_are_all_there_are() -> None:
-    assert sorted(STOPS.values()) == list(range(13))
+    assert sorted(STOPS.values()) == list(range(14))
     assert BOOLEANS == ["batch_open", "proven_beyond_tail", "future_epoch"]
-    assert len(FINDINGS) == len(set(FINDINGS)) == 13 * 2**3
+    assert len(FINDINGS) == len(set(FINDINGS)) == 14 * 2**3
 
 
 @pytest.mark.parametrize("finding", FINDINGS, ids=repr)
@@ -77,7 +77,7 @@ def test_frames_of_a_later_epoch_are_never_cut() -> None:
 
 def test_without_proof_a_bad_frame_is_a_torn_tail_whatever_is_wrong_with_it() -> None:
     bad = set(STOPS.values()) - BLANK - {STOPS["MW_STOP_FUTURE_EPOCH"], STOPS["MW_STOP_CONFLICT"]}
-    assert len(bad) == 7
+    assert len(bad) == 8
     for stop, batch_open in itertools.product(bad, [False, True]):
         assert decide(Finding(stop, batch_open, False, False)) is RecoveryRow.TORN
 
@@ -237,6 +237,7 @@ BAD: dict[str, Callable[[MemoryDirectory], None]] = {
     "MW_STOP_PAYLOAD": lambda d: flip(d, (f := entry_frames(d)[2]).name, f.payload_at + f.length - 1),
     "MW_STOP_TYPE": lambda d: change_frame(d, entry_frames(d)[2], type=5),
     "MW_STOP_CONFLICT": lambda d: change_frame(d, entry_frames(d)[2], op=17),
+    "MW_STOP_OP": lambda d: change_frame(d, entry_frames(d)[2], op=2**63),
 }
 
 

@@ -213,7 +213,7 @@ def test_a_sound_journal_is_joined_wherever_it_is_parted() -> None:
 
 def test_an_epoch_that_goes_down_from_one_segment_to_the_next_stops_both_ways() -> None:
     directory = long()
-    change_superblock(directory, epoch=9, epoch_start_lsn=2**62)
+    change_superblock(directory, epoch=9, epoch_start_lsn=superblock_of(directory).next_base_lsn)
     names = [r.name for r in superblock_of(directory).segments]
     link = 0
     for frame in [f for f in frames_of(directory) if f.name == names[0]]:

@@ -537,6 +537,28 @@ def test_a_paired_snapshot_is_not_replaced_by_other_bytes_of_the_same_op(
     assert reopened(home, replica, machine).machine.payloads == [b"other bytes"]
 
 
+@pytest.mark.parametrize("error", [errno.EIO, errno.EMFILE])
+def test_a_paired_snapshot_that_cannot_be_read_now_is_not_replaced_by_other_bytes(
+    single: Replica, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    """A crash between the replacing and the pairing would leave neither."""
+    single.submit(b"x")
+    paired = single.checkpoint()
+
+    def unreadable(op: int, checksum: int) -> None:
+        raise OSError(error, os.strerror(error))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(single.snapshots, "load_paired", unreadable)
+        patch.setattr(single.machine, "snapshot", lambda: b"other bytes")
+        with pytest.raises(OSError, match=os.strerror(error)):
+            single.checkpoint()
+    assert single.journal.pairing == (1, paired.checksum)
+    assert bytes(single.snapshots.load_paired(1, paired.checksum).data) == bytes(paired.data)
+    single.submit(b"y")
+    assert single.checkpoint().op == 2
+
+
 def test_a_pairing_that_fails_leaves_the_checkpoint_before(
     single: Replica, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,254 @@
+"""A copy of a journal while it is in use, which opens by itself.
+
+What is copied is all below one durable LSN, and the superblock says that a new epoch starts there, as after a
+recovery that cut there: whatever else a copied file holds is no frame, and damage below is told as damage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from mmapwal import format as fmt
+from mmapwal._native import lib
+from mmapwal.engine import Engine
+from mmapwal.errors import CorruptionError, IncompatibleFormatError, JournalError, SnapshotPersistError
+from mmapwal.index import published_progress
+from mmapwal.segment import Segment, make_segment
+from mmapwal.snapshot import Snapshot, SnapshotStore, snapshot_name
+from mmapwal.storage import Directory, MemoryDirectory, Storage
+from mmapwal.superblock import SegmentRecord, Superblock, SuperblockFile, read_superblock
+from mmapwal.verify import scan_segment, stop_problem
+
+__all__ = ["BackupReport", "backup_in_use", "backup_open"]
+
+Progress = Callable[[int, int], None]
+LOOKS = 100  # at a journal that changes meanwhile
+
+
+@dataclass(frozen=True, slots=True)
+class BackupReport:
+    """What a backup holds: all that was durable below `durable_lsn`. `kept_segments` were there already;
+    `snapshot_op` is of the paired snapshot that was copied too, None when there is none."""
+
+    durable_lsn: int
+    segments: int
+    kept_segments: int
+    copied_bytes: int
+    snapshot_op: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Moment:
+    """A journal at one moment. The mappings of its segments, and its snapshot, stay whatever it does."""
+
+    directory: Directory
+    superblock: Superblock
+    segments: dict[SegmentRecord, Segment]
+    durable_lsn: int
+    snapshot: bytes | None
+
+    @classmethod
+    def take(
+        cls, directory: Directory, superblock: Superblock, segments: dict[SegmentRecord, Segment], lsn: int
+    ) -> _Moment:
+        # An end is told once it is durable, which it may have become behind the look at `lsn`.
+        ends = (record.end_lsn for record in segments)
+        durable_lsn = max(lsn, superblock.epoch_start_lsn, fmt.FIRST_LSN, *ends)
+        wanted = {r: s for r, s in segments.items() if r.base_lsn < durable_lsn}
+        for segment in wanted.values():
+            segment.view  # noqa: B018  # maps it
+        return cls(directory, superblock, wanted, durable_lsn, _paired_snapshot(directory, superblock))
+
+
+def _paired_snapshot(directory: Directory, superblock: Superblock) -> bytes | None:
+    """The file of the snapshot that the superblock names, where snapshots are kept with the journal."""
+    if superblock.pairing is None or fmt.SNAPSHOTS_NAME not in directory.names():
+        return None
+    snapshots = directory.subdirectory(fmt.SNAPSHOTS_NAME)
+    try:
+        file = snapshots.open(snapshot_name(superblock.pairing[0]))
+        try:
+            return bytes(file.read_at(0, len(file)))
+        finally:
+            file.close()
+    except FileNotFoundError:
+        return None
+    finally:
+        snapshots.close()
+
+
+def backup_open(engine: Engine, destination: Directory, progress: Progress | None = None) -> BackupReport:
+    """Of a journal of this process: all that was appended before the call. See Journal.backup(). Closes the
+    destination."""
+    engine.sync()
+    with engine.structure:
+        engine.check_usable()
+        superblock, durable_lsn = engine.superblock, int(engine.state().durable_lsn)
+        present = {segment.record.id: segment for segment in engine.segments.table.segments}
+        segments = {record: present[record.id] for record in engine.records_with_ends()}
+        moment = _Moment.take(engine.directory, superblock, segments, durable_lsn)
+    return _back_up(moment, destination, progress)
+
+
+def backup_in_use(
+    directory: Directory, destination: Directory, progress: Progress | None = None
+) -> BackupReport:
+    """Of a journal that another process is writing: all that is durable. Takes no lock there and changes
+    nothing.
+
+    FileNotFoundError when no journal is there; JournalError when it says nothing of what is durable, so that
+    nobody can be writing it: open it and use Journal.backup(). Else as that.
+    """
+    for _ in range(LOOKS):
+        superblock = read_superblock(directory)
+        if superblock is None:
+            raise FileNotFoundError(2, "no journal here", str(directory))
+        _, durable_lsn = published_progress(directory, superblock.uuid, superblock.slot_count)
+        if not durable_lsn:
+            raise JournalError(f"{directory}: its index page says nothing of what is durable")
+        segments = {r: Segment(directory, superblock.uuid, r) for r in superblock.segments}
+        try:
+            moment = _Moment.take(directory, superblock, segments, durable_lsn)
+        except CorruptionError:
+            if read_superblock(directory) == superblock:
+                raise
+            continue  # a segment has gone meanwhile
+        if read_superblock(directory) == superblock:
+            return _back_up(moment, destination, progress)
+    raise JournalError(f"{directory} changed {LOOKS} times while it was looked at")
+
+
+def _back_up(moment: _Moment, destination: Directory, progress: Progress | None) -> BackupReport:
+    try:
+        destination.lock(fmt.LOCK_NAME)
+        return _copy_all(moment, destination, progress)
+    finally:
+        destination.close()
+
+
+def _copy_all(moment: _Moment, destination: Directory, progress: Progress | None) -> BackupReport:
+    before = _earlier_backup(moment, destination)
+    snapshot = _checked_snapshot(moment)
+    destination.sync_parent()
+    total = sum(record.capacity for record in moment.segments)
+    done = copied = kept = 0
+    records = []
+    for record, segment in moment.segments.items():
+        if before is not None and _is_there(record, segment, before, destination):
+            kept += 1
+            records.append(record)
+        else:
+            replaces = before is not None and record.name in {r.name for r in before.segments}
+            records.append(_copy(moment, record, segment, destination, replaces=replaces))
+            copied += fmt.PAGE_BYTES + record.capacity
+        done += record.capacity
+        if progress is not None:
+            progress(done, total)
+    if snapshot is not None:
+        _save(snapshot, destination, before)
+    _install(moment, records, destination, before)
+    if snapshot is not None:
+        with _snapshots(destination) as store:
+            store.prune()
+    op = None if snapshot is None else snapshot.op
+    return BackupReport(moment.durable_lsn, len(records), kept, copied, op)
+
+
+def _earlier_backup(moment: _Moment, destination: Directory) -> Superblock | None:
+    """What is at the destination: nothing, a part of a backup, or an earlier one of this journal."""
+    before = read_superblock(destination)
+    if before is not None and before.uuid != moment.superblock.uuid:
+        raise IncompatibleFormatError(f"{destination} holds another journal")
+    if fmt.INDEX_NAME in destination.names():
+        raise JournalError(f"{destination} was opened as a journal: it is no backup any more")
+    return before
+
+
+def _is_there(record: SegmentRecord, segment: Segment, before: Superblock, destination: Directory) -> bool:
+    """Whether an earlier backup has all of the segment: it had been left for good, and the frame that ends it
+    is the same, which by its link stands for all frames before it."""
+    if not record.end_lsn or record not in before.segments:
+        return False
+    copy = Segment(destination, before.uuid, record)
+    end = fmt.PAGE_BYTES + record.end_lsn - record.base_lsn
+    last = slice(end - fmt.FRAME_BYTES, end)
+    try:
+        return bytes(copy.view[last]) == bytes(segment.view[last])
+    except CorruptionError:
+        return False
+
+
+def _copy(
+    moment: _Moment, record: SegmentRecord, segment: Segment, destination: Directory, *, replaces: bool
+) -> SegmentRecord:
+    """Under its name, durable at return; an earlier backup that names it (`replaces`) finds in the new file
+    all that it had. CorruptionError when it is damaged below the durable LSN."""
+    scan = scan_segment(segment, moment.superblock, limit_lsn=moment.durable_lsn)
+    if scan.stop not in {lib.MW_STOP_LIMIT, lib.MW_STOP_END}:
+        problem = stop_problem(segment, scan)
+        raise CorruptionError(problem.segment, problem.offset, problem.lsn, problem.op, problem.reason)
+    end_lsn = int(scan.lsn)
+    used = segment.view[fmt.PAGE_BYTES : fmt.PAGE_BYTES + end_lsn - record.base_lsn]
+    source = _source(moment.directory, segment)
+    try:
+        make_segment(
+            destination, moment.superblock.uuid, record, [(fmt.PAGE_BYTES, used)], source=source,
+            sparse=scan.stop == lib.MW_STOP_END, replaces=replaces,
+        )  # fmt: skip
+    finally:
+        if source is not None:
+            source.close()
+    return replace(record, end_lsn=end_lsn) if scan.stop == lib.MW_STOP_END else record
+
+
+def _source(directory: Directory, segment: Segment) -> Storage | None:
+    """The segment's file, whose blocks may be shared; None when it has gone, and only the mapping is left."""
+    try:
+        return directory.open(segment.record.name)
+    except FileNotFoundError:
+        return None
+
+
+def _checked_snapshot(moment: _Moment) -> Snapshot | None:
+    """SnapshotError: it is damaged. A store on the journal's own folder would tidy up there."""
+    if moment.snapshot is None or moment.superblock.pairing is None:
+        return None
+    op, checksum = moment.superblock.pairing
+    copy = MemoryDirectory()
+    copy.create(snapshot_name(op)).write_at(0, moment.snapshot)
+    with SnapshotStore(f"{moment.directory}/{fmt.SNAPSHOTS_NAME}", storage=copy) as store:
+        return store.load_paired(op, checksum)
+
+
+def _snapshots(destination: Directory) -> SnapshotStore:
+    """Where the destination has one, and until its superblock is replaced the one before."""
+    folder = destination.subdirectory(fmt.SNAPSHOTS_NAME)
+    return SnapshotStore(f"{destination}/{fmt.SNAPSHOTS_NAME}", storage=folder, keep=1)
+
+
+def _save(snapshot: Snapshot, destination: Directory, before: Superblock | None) -> None:
+    """Durable at return; that of the earlier backup stays."""
+    with _snapshots(destination) as store:
+        if before is not None and before.pairing is not None:
+            store.protected_op = before.pairing[0]
+        try:
+            store.save(snapshot.op, snapshot.data, created_at=snapshot.created_at)
+        except SnapshotPersistError as e:
+            raise e.__cause__ or e from None
+    destination.sync()
+
+
+def _install(
+    moment: _Moment, records: list[SegmentRecord], destination: Directory, before: Superblock | None
+) -> None:
+    """Until its superblock is there, the destination is what it was before; then it is the backup."""
+    sequence = max(moment.superblock.sequence, before.sequence if before is not None else 0)
+    copied = replace(moment.superblock, segments=tuple(records), seal=None, sequence=sequence)
+    file = SuperblockFile(destination, copied)
+    try:
+        file.commit(copied.with_epoch(moment.durable_lsn))
+        named = {record.name for record in records}
+        file.remove_files(n for n in destination.names() if fmt.is_ours(n) and n not in named)
+    finally:
+        file.close()
