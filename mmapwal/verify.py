@@ -203,9 +203,19 @@ def verify_open(engine: Engine, progress: Progress | None = None) -> VerifyRepor
         wrong = _index_problems(present, slots, int(state.durable_lsn), _staged_lsn(engine))
         if state.durable_lsn == state.written_lsn and not state.staged_bytes:
             wrong += _summary_problems(slots, (int(state.live), int(state.first_op), int(state.last_op)))
-        if engine.superblock.sequence == superblock.sequence:
+        if not _removed_since(superblock, int(state.durable_lsn), engine.superblock):
             problems += wrong
     return VerifyReport(frames, entries, scanned, tuple(problems))
+
+
+def _removed_since(before: Superblock, durable_lsn: int, now: Superblock) -> bool:
+    """Whether entries below an LSN, or the segments that had them, can have gone. A segment that is added,
+    or takes the place of one that has nothing yet, takes nothing away."""
+    kept = {record.id: record.generation for record in now.segments}
+    used = (record for record in before.segments if record.base_lsn < durable_lsn)
+    same = all(kept.get(record.id) == record.generation for record in used)
+    then = (before.epoch, before.watermark, before.removals)
+    return not same or then != (now.epoch, now.watermark, now.removals)
 
 
 def _staged_lsn(engine: Engine) -> int:

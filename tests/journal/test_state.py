@@ -136,6 +136,26 @@ def test_verify_finds_a_slot_that_names_another_frame(home: Home) -> None:
     assert report.problems[0].offset == fmt.PAGE_BYTES + 4 * fmt.SLOT_BYTES
 
 
+@pytest.mark.parametrize("kind", ["mapped", "memory"], indirect=True)
+def test_verify_tells_of_the_index_also_when_a_segment_is_added_meanwhile(home: Home) -> None:
+    journal = filled(home)
+    lsn = entry_frames(home.directory())[3].lsn
+    write(home.directory(), fmt.INDEX_NAME, fmt.PAGE_BYTES + 4 * fmt.SLOT_BYTES, lsn.to_bytes(8, "little"))
+    engine = journal._engine
+
+    def adds_one(done: int, total: int) -> None:
+        before = engine.superblock.segments
+        engine.prepare_segment(engine.state().stage_room)
+        assert engine.superblock.segments != before
+
+    assert [p.segment for p in journal.verify(adds_one).problems] == [fmt.INDEX_NAME]
+
+
+def test_verify_tells_nothing_of_the_index_when_entries_are_removed_meanwhile(home: Home) -> None:
+    journal = filled(home)
+    assert journal.verify(lambda done, total: journal.truncate_from(8)).problems == ()
+
+
 @pytest.mark.parametrize("how", ["live", "closed", "killed"])
 def test_inspect_reads_a_journal_without_its_lock_and_changes_nothing(home: Home, how: str) -> None:
     journal = filled(home)

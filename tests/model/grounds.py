@@ -89,22 +89,30 @@ class MappedGround:
 
     def kill(self) -> None:
         """The dead one keeps what it had open; whoever comes next has a copy. What is made ahead or removed
-        beside may be in it or not."""
+        beside may be in it or not, but all that its superblock names is."""
         dead = self._path
-        self._lives += 1
-        self._path.mkdir()
-        for file in sorted(dead.rglob("*"), key=lambda f: f.name == fmt.SUPERBLOCK_NAME, reverse=True):
-            with contextlib.suppress(FileNotFoundError):
-                to = self._path / file.relative_to(dead)
-                to.parent.mkdir(exist_ok=True)
-                if file.is_file():
-                    shutil.copyfile(file, to)
+        superblock = dead / fmt.SUPERBLOCK_NAME
+        while True:
+            before = _bytes_of(superblock)
+            self._lives += 1
+            shutil.copytree(dead, self._path, copy_function=_copy_if_there)
+            if _bytes_of(superblock) == before == _bytes_of(self._path / fmt.SUPERBLOCK_NAME):
+                return
 
     def cut(self, data: st.DataObject, after: int) -> str:
         raise NotImplementedError
 
     def close(self) -> None:
         shutil.rmtree(self._root)
+
+
+def _bytes_of(file: Path) -> bytes | None:
+    return file.read_bytes() if file.exists() else None
+
+
+def _copy_if_there(source: str, to: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        shutil.copyfile(source, to)
 
 
 class CrashGround:
