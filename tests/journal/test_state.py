@@ -142,13 +142,14 @@ def test_verify_tells_of_the_index_also_when_a_segment_is_added_meanwhile(home: 
     lsn = entry_frames(home.directory())[3].lsn
     write(home.directory(), fmt.INDEX_NAME, fmt.PAGE_BYTES + 4 * fmt.SLOT_BYTES, lsn.to_bytes(8, "little"))
     engine = journal._engine
+    engine.prepare_segment()
 
-    def adds_one(done: int, total: int) -> None:
+    def adds_a_larger_one(done: int, total: int) -> None:
         before = engine.superblock.segments
-        engine.prepare_segment(engine.state().stage_room)
-        assert engine.superblock.segments != before
+        engine.prepare_segment(before[-1].capacity + 1)  # in the place of the one that has nothing yet
+        assert engine.superblock.segments[:1] == before[:1] != engine.superblock.segments
 
-    assert [p.segment for p in journal.verify(adds_one).problems] == [fmt.INDEX_NAME]
+    assert [p.segment for p in journal.verify(adds_a_larger_one).problems] == [fmt.INDEX_NAME]
 
 
 def test_verify_tells_nothing_of_the_index_when_entries_are_removed_meanwhile(home: Home) -> None:
