@@ -41,6 +41,7 @@ def filled(home: Home, count: int = 40, **options: Any) -> Journal:
     journal = home.open(**({"slots": 256, "segment_bytes": 16384} | options))
     for n in range(1, count + 1):
         journal.append(b"%04d" % n * 220, kind=n)
+    settle(journal)
     return journal
 
 
