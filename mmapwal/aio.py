@@ -22,6 +22,7 @@ from typing_extensions import Buffer
 
 from mmapwal import format as fmt
 from mmapwal._native import ffi, lib
+from mmapwal.aio_following import AsyncFollowing, Ringer
 from mmapwal.engine import Engine
 from mmapwal.errors import (
     BusyError,
@@ -70,6 +71,7 @@ class AsyncJournal:
         self.journal = journal
         self._engine: Engine = journal._engine
         self._writer = journal._writer
+        self._ringer = Ringer(self._engine)
         self._flags, self._clock = journal._flags, journal._clock
         self._max_payload_bytes = journal._max_payload_bytes
         self._max_pending = max_pending
@@ -171,6 +173,15 @@ class AsyncJournal:
         self._backlog.append(request)
         self._refill()
         return request.future
+
+    def follow(
+        self, from_op: int | None = None, *, timeout: float | None = None, written: bool = False
+    ) -> AsyncFollowing:
+        """As Journal.follow(), as an asynchronous iterator; also of a journal that is `readonly`. One thread
+        sleeps for all who follow. What is there is checked on the loop, some hundred entries at a time."""
+        if from_op is not None:
+            check_op(from_op, "from_op")
+        return AsyncFollowing(self._ringer, from_op, timeout, written=written)
 
     async def sync(self) -> int:
         """Makes all that was appended before durable; the durable LSN. Errors as Journal.sync()."""

@@ -30,6 +30,7 @@ from mmapwal.errors import (
 from mmapwal.opening import Durability, Opening, Options, check_empty
 from mmapwal.preparing import NO_SPACE, Preparer
 from mmapwal.recovery import Scanned
+from mmapwal.segment import SegmentTable
 from mmapwal.storage import Directory, SyncMethod
 from mmapwal.superblock import Seal, SegmentRecord, Superblock
 
@@ -145,6 +146,7 @@ class Engine:
                 "watermark": superblock.watermark, "lsn": found.tail_lsn, "buffer_bytes": BUFFER_BYTES,
                 "epoch": superblock.epoch, "link": found.link, "align_bytes": superblock.align_bytes,
                 "durability": _DURABILITY[self.options.durability],
+                "superblock_sequence": superblock.sequence,
                 "separate_sync": self.sync_method is SyncMethod.FDATASYNC,
             },
         )  # fmt: skip
@@ -193,6 +195,32 @@ class Engine:
             raise ClosedError("the journal is closed")
         if state.poison_stage:
             raise self.poisoned()
+
+    def remaining(self) -> int:
+        """How many consecutive automatic appends would find a free slot."""
+        left = lib.mw_writer_remaining(self.writer)
+        if left < 0:
+            raise self.error(left)
+        return int(left)
+
+    # --- for followers (following.Followed) ---------------------------------------------------------
+
+    def look(self) -> bool:
+        if self._settled:
+            raise ClosedError("the journal is closed")
+        return True
+
+    def look_again(self, table: SegmentTable) -> bool:
+        return self.segments.table is not table
+
+    def follow_page(self) -> tuple[Any, Any, bool]:
+        return self.index.page, self.index, True
+
+    def published(self) -> tuple[int, int]:
+        return self.index.progress()
+
+    def check_followed(self) -> None:
+        self.check_usable()
 
     # --- errors -----------------------------------------------------------------------------------
 
@@ -272,6 +300,7 @@ class Engine:
             self._commit(new)
             self.segments.follow(self._file.current.segments)
             result = apply()
+            self._note_superblock()
         except PoisonedError as e:
             self.poison(e.stage, e.__cause__)
             raise self.poisoned() from e.__cause__
@@ -281,6 +310,12 @@ class Engine:
             self.poison("taking over the new superblock", e)
             raise self.poisoned() from e
         return result
+
+    def _note_superblock(self) -> None:
+        """Tells followers, in this process and others, that there is another one to read. OSError."""
+        rc = lib.mw_writer_note_superblock(self.writer, self.superblock.sequence)
+        if rc < 0:
+            raise OSError(-rc, "a store into the index failed", fmt.INDEX_NAME)
 
     def _commit(self, new: Superblock) -> None:
         try:

@@ -19,6 +19,7 @@ __all__ = [
     "PayloadTooLargeError",
     "PersistStage",
     "PoisonedError",
+    "ReadonlyError",
     "SnapshotCorruptError",
     "SnapshotError",
     "SnapshotPersistError",
@@ -54,7 +55,12 @@ class JournalFullError(JournalError):
 
 
 class StaleOpError(JournalError):
-    """The op is at or below the watermark."""
+    """The op is at or below the watermark. ``first_op``, told to a follower that fell behind it: the first op
+    that can be followed."""
+
+    def __init__(self, message: str, first_op: int | None = None) -> None:
+        super().__init__(message)
+        self.first_op = first_op
 
 
 class DuplicateOpError(JournalError):
@@ -98,6 +104,10 @@ class LockedError(JournalError):
 
 class ForkedError(JournalError):
     """A writer was used in a forked child. The parent's is unharmed."""
+
+
+class ReadonlyError(JournalError):
+    """The journal was opened to be read only."""
 
 
 class BusyError(JournalError):

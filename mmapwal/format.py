@@ -28,6 +28,7 @@ CAPACITY_MAX = 1 << 32  # of one segment: a batch of the largest payload fits, w
 LSN_MAX = 2**63 - 1
 ALIGN_CHOICES = (0, 512, 4096)
 REMOVALS_MAX = 64
+CUTS_MAX = 16
 SUPERBLOCK_BYTES_MAX = 64 << 20
 
 SEGMENT_MAGIC = b"MMWALSEG"
@@ -107,7 +108,8 @@ INDEX_HEADER = np.dtype(
         ("reserved", "V16"),
         ("progress", PROGRESS, (2,)),
         ("wake", "<u4"),
-        ("padding", "V4"),
+        ("waiting", "<u4"),
+        ("superblock_sequence", "<u8"),
     ]
 )
 
@@ -140,7 +142,7 @@ SUPERBLOCK_HEAD = np.dtype(
         ("segment_count", "<u4"),
         ("removal_count", "<u4"),
         ("user_bytes", "<u4"),
-        ("reserved", "<u4"),
+        ("cut_count", "<u4"),
         ("user", f"V{USER_DATA_BYTES_MAX}"),
     ]
 )
@@ -159,6 +161,7 @@ SUPERBLOCK_SEGMENT = np.dtype(
 )
 
 SUPERBLOCK_REMOVAL = np.dtype([("first", "<u8"), ("last", "<u8"), ("below_lsn", "<u8")])
+SUPERBLOCK_CUT = np.dtype([("sequence", "<u8"), ("op", "<u8")])
 
 SNAPSHOT_HEADER = np.dtype(
     [

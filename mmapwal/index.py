@@ -38,7 +38,7 @@ def _is_page_of(uuid: bytes, slot_count: int, page: bytes | memoryview) -> bool:
     return bytes(page[:checked]) == _header(uuid, slot_count)[:checked]
 
 
-def _progress_on(page: Any) -> tuple[int, int]:
+def progress_on(page: Any) -> tuple[int, int]:
     out = ffi.new("struct mw_progress *")
     rc = lib.mw_progress_read(page, out)
     if rc == lib.MW_E_MISSING:
@@ -107,7 +107,7 @@ class SlotIndex:
 
     def progress(self) -> tuple[int, int]:
         """(written, durable) LSN that the page publishes; zeros when it does not verify."""
-        return _progress_on(self.page)
+        return progress_on(self.page)
 
     def crc(self) -> int:
         """CRC32C of all slots."""
@@ -186,7 +186,30 @@ def published_progress(directory: Directory, uuid: bytes, slot_count: int) -> tu
         storage.close()
     if len(page) < fmt.PAGE_BYTES or not _is_page_of(uuid, slot_count, page):
         return 0, 0
-    return _progress_on(ffi.cast("struct mw_index_header *", ffi.from_buffer(page)))
+    return progress_on(ffi.cast("struct mw_index_header *", ffi.from_buffer(page)))
+
+
+def published_page(directory: Directory, uuid: bytes, slot_count: int) -> tuple[Any, Any, bool]:
+    """(page, what keeps it, whether it can be stored to) of the index that is there; (None, None, False) when
+    none of this journal is. Who may not write gets it to read."""
+    try:
+        try:
+            storage, writable = directory.open(fmt.INDEX_NAME, writable=True), True
+        except (PermissionError, OSError) as e:
+            if e.errno not in {errno.EACCES, errno.EPERM, errno.EROFS}:
+                raise
+            storage, writable = directory.open(fmt.INDEX_NAME), False
+    except FileNotFoundError:
+        return None, None, False
+    try:
+        if len(storage) != fmt.PAGE_BYTES + slot_count * fmt.SLOT_BYTES:
+            return None, None, False
+        if not _is_page_of(uuid, slot_count, storage.read_at(0, fmt.INDEX_PROGRESS_OFFSET)):
+            return None, None, False
+        memory = storage.shared() if writable else storage.view()
+        return ffi.cast("struct mw_index_header *", ffi.from_buffer(memory)), memory, writable
+    finally:
+        storage.close()
 
 
 def rebuilt_slots(slot_count: int) -> npt.NDArray[Any]:

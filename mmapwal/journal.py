@@ -20,7 +20,7 @@ from typing_extensions import Buffer
 from mmapwal import compaction, removal
 from mmapwal import format as fmt
 from mmapwal._native import ffi, lib
-from mmapwal.backup import BackupReport, backup_open
+from mmapwal.backup import BackupReport, backup_in_use, backup_open
 from mmapwal.engine import Engine
 from mmapwal.errors import (
     ClosedError,
@@ -28,13 +28,15 @@ from mmapwal.errors import (
     PayloadTooLargeError,
     PoisonedError,
 )
+from mmapwal.following import Following
+from mmapwal.observer import Observer, ObservingReader
 from mmapwal.opening import Durability, Options
 from mmapwal.reader import DrainedEntries, Reader
 from mmapwal.reading import Reading
 from mmapwal.recovery import RecoveryReport
 from mmapwal.stats import JournalStats, take_stats
 from mmapwal.storage import Directory, SyncMethod, SystemDirectory
-from mmapwal.verify import VerifyReport, verify_open
+from mmapwal.verify import VerifyReport, inspect, verify_open
 
 __all__ = ["Journal", "JournalStats"]
 
@@ -75,6 +77,12 @@ class Journal(Reading):
     bytes) is told during a long recovery. `storage` is where the files live; None: the real ones below
     `path`; one that allows no background threads (in memory) cannot have `sync_interval_ms`.
 
+    `readonly` takes no lock, makes nothing, and sees what another process makes durable. Reads and follow()
+    work as ever; what writes raises ReadonlyError. The first read by op goes through all frames once, for
+    slots of its own (32 bytes each). With `create`, a directory without a journal is an empty one until
+    somebody makes it; nobody need be writing. Where it may, it stores one word in the page of the index, to
+    be woken.
+
     Raises LockedError (another writer has it), CorruptionError (acknowledged data is damaged; nothing
     was changed), IncompatibleFormatError, JournalError (the directory holds something else),
     FileNotFoundError (nothing there, and not `create`), ValueError or TypeError (a choice is out of
@@ -88,6 +96,7 @@ class Journal(Reading):
         path: str | os.PathLike[str],
         *,
         create: bool = True,
+        readonly: bool = False,
         durability: Durability = Durability.SYNC,
         sync_method: SyncMethod = SyncMethod.AUTO,
         slots: int | None = None,
@@ -112,10 +121,14 @@ class Journal(Reading):
         _choice("max_payload_bytes", max_payload_bytes, 0, fmt.PAYLOAD_BYTES_MAX)
         if sync_interval_ms is not None and not sync_interval_ms > 0:
             raise ValueError(f"sync_interval_ms is above 0; not {sync_interval_ms}")
+        if readonly and sync_interval_ms is not None:
+            raise ValueError("sync_interval_ms, and readonly: there is nothing to sync")
         syncs = sync_interval_ms is not None and durability is not Durability.SYNC
         if syncs and storage is not None and not storage.concurrent:
             raise ValueError(f"{storage} allows no background thread: no sync_interval_ms there")
-        directory = storage if storage is not None else SystemDirectory(path, create=create)
+        directory = storage
+        if directory is None:
+            directory = SystemDirectory(path, create=create and not readonly)
         self.path = directory.path if isinstance(directory, SystemDirectory) else None
         self.directory = directory
         options = Options(
@@ -123,12 +136,12 @@ class Journal(Reading):
             segment_bytes=segment_bytes, align_bytes=commit_align_bytes, progress=progress,
         )  # fmt: skip
         try:
-            self._engine = engine = Engine(directory, options)
+            self._engine, self._reader = _opened(directory, options, verify_reads, readonly)
         except BaseException:
             if storage is None:
                 directory.close()
             raise
-        self._reader = Reader(engine, verify_reads=verify_reads)
+        engine = self._engine
         self._max_payload_bytes = max_payload_bytes
         self._max_batch_bytes = max(fmt.frame_bytes(max_payload_bytes), engine.superblock.segment_bytes)
         self._clock = None if clock is time.time_ns else clock
@@ -332,6 +345,28 @@ class Journal(Reading):
         """
         return self._engine.sync()
 
+    # --- following --------------------------------------------------------------------------------
+
+    def follow(
+        self, from_op: int | None = None, *, timeout: float | None = None, written: bool = False
+    ) -> Following:
+        """The entries from `from_op` on, as they become durable, in that order: what is there, and then what
+        comes. None: from the first there is. Waits for the next; ends when nothing came for `timeout` seconds
+        (0: does not wait). `written`: also what is only written, with Durability.OS and BUFFERED.
+
+        Works in the writer's process and, with `readonly`, in any other, whatever the writer does: rotation,
+        compaction, a crash, another life. An entry that is replaced comes again; drained ones that were not
+        given yet do not come. The payloads are slices of the mapping, checked.
+
+        Raises StaleOpError when `from_op`, or what comes next, is at or below the watermark; its ``first_op``
+        is the first that can be followed. TruncatedError when something already given, or below `from_op`,
+        was removed by truncate_from(), or was written and lost, with the first such op. After either the
+        iterator goes on: above the watermark, with what was appended since. CorruptionError, OSError;
+        PoisonedError behind the last that is durable; ClosedError. Each iterator is for one thread at a
+        time; there may be many."""
+        first = None if from_op is None else check_op(from_op, "from_op")
+        return Following(self._engine, first, timeout, written=written)
+
     # --- shrinking --------------------------------------------------------------------------------
 
     def set_snapshot_op(self, op: int) -> None:
@@ -415,10 +450,7 @@ class Journal(Reading):
     @property
     def remaining_capacity(self) -> int:
         """How many consecutive automatic appends would find a free slot."""
-        left = lib.mw_writer_remaining(self._writer)
-        if left < 0:
-            raise self._engine.error(left)
-        return int(left)
+        return self._engine.remaining()
 
     @property
     def written_lsn(self) -> int:
@@ -479,9 +511,16 @@ class Journal(Reading):
         """Counters and sizes at one moment. Walks the slots: about a millisecond for 65,536."""
         return take_stats(self._engine)
 
+    @property
+    def readonly(self) -> bool:
+        """Whether it was opened to be read only."""
+        return isinstance(self._engine, Observer)
+
     def verify(self, progress: Progress | None = None) -> VerifyReport:
         """Checks every durable frame, and the index against them, while the journal goes on. Blocks
-        while it reads everything. Changes nothing. OSError when the disk fails."""
+        while it reads everything. Changes nothing. OSError when the disk fails. `readonly`: as inspect()."""
+        if self.readonly:
+            return inspect(self.directory, progress)
         self._engine.check_usable()
         return verify_open(self._engine, progress)
 
@@ -502,10 +541,23 @@ class Journal(Reading):
         directory; PoisonedError, ClosedError, ForkedError. `progress(done, total)` in bytes. A Directory
         that is given is closed.
         """
-        self._engine.check_usable()
+        if not self.readonly:
+            self._engine.check_usable()
         if isinstance(destination, str | os.PathLike):
             destination = SystemDirectory(destination)
+        if self.readonly:
+            return backup_in_use(self.directory, destination, progress)
         return backup_open(self._engine, destination, progress)
+
+
+def _opened(
+    directory: Directory, options: Options, verify_reads: bool, readonly: bool
+) -> tuple[Engine, Reader]:
+    if readonly:
+        observer = Observer(directory, options)
+        return observer, ObservingReader(observer, verify_reads=verify_reads)
+    engine = Engine(directory, options)
+    return engine, Reader(engine, verify_reads=verify_reads)
 
 
 def out_of_range(error: Exception, kind: Any, timestamp: Any) -> Exception:

@@ -91,15 +91,17 @@ def truncate_from(engine: Engine, op: int) -> int:
             raise ValueError(f"op {op} is at or below the watermark {superblock.watermark}")
         if not state.live or int(state.last_op) < op:
             return 0
-        return _commit_removal(engine, Removal(op, fmt.OP_MAX, int(state.durable_lsn)))
+        return _commit_removal(engine, Removal(op, fmt.OP_MAX, int(state.durable_lsn)), cut=True)
 
 
-def _commit_removal(engine: Engine, row: Removal) -> int:
+def _commit_removal(engine: Engine, row: Removal, *, cut: bool = False) -> int:
     if len(engine.superblock.removals) >= fmt.REMOVALS_MAX:
         compact_in_turn(engine, hidden_too=True)
     superblock = engine.superblock
     new = replace(superblock, removals=(*superblock.removals, row))
     new = replace(new, removals=prune_removals(new))
+    if cut:
+        new = new.with_cut(row.first)
     removed = engine.change(
         new, lambda: lib.mw_writer_remove(engine.writer, row.first, row.last, row.below_lsn)
     )

@@ -23,8 +23,9 @@ from mmapwal.storage import Directory, Storage
 log = logging.getLogger("mmapwal")
 
 _U32_MAX = 2**32 - 1
+_COUNTS_MAX = (fmt.REMOVALS_MAX, fmt.CUTS_MAX, fmt.USER_DATA_BYTES_MAX)
 
-__all__ = ["Removal", "Seal", "SegmentRecord", "Superblock", "SuperblockFile", "read_superblock"]
+__all__ = ["Cut", "Removal", "Seal", "SegmentRecord", "Superblock", "SuperblockFile", "read_superblock"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,15 @@ class Removal:
     first: int
     last: int
     below_lsn: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """truncate_from(op), committed by the superblock of that sequence. For followers, who were given what it
+    removed. One that a later cut of the same op or a lower one follows is left out."""
+
+    sequence: int
+    op: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +97,7 @@ class Superblock:
     pairing: tuple[int, int] | None = None
     segments: tuple[SegmentRecord, ...] = ()
     removals: tuple[Removal, ...] = ()
+    cuts: tuple[Cut, ...] = ()
     user_data: bytes = b""
 
     @property
@@ -98,11 +109,24 @@ class Superblock:
         """The next epoch, from `start_lsn` on; it breaks the seal."""
         return replace(self, epoch=self.epoch + 1, epoch_start_lsn=start_lsn, seal=None)
 
+    def with_cut(self, op: int) -> Superblock:
+        """As the next one, which cuts the journal off at an op. Of too many the two oldest become one, which
+        tells some followers of more than was removed."""
+        cuts = [*(c for c in self.cuts if c.op < op), Cut(self.sequence + 1, op)]
+        if len(cuts) > fmt.CUTS_MAX:
+            cuts[:2] = [Cut(cuts[1].sequence, cuts[0].op)]
+        return replace(self, cuts=tuple(cuts))
+
+    def cut_since(self, sequence: int) -> int | None:
+        """The lowest op at which the journal was cut off after the superblock of that sequence."""
+        return min((c.op for c in self.cuts if c.sequence > sequence), default=None)
+
     @property
     def encoded_bytes(self) -> int:
         """How many bytes encode() gives."""
         lists = len(self.segments) * fmt.SUPERBLOCK_SEGMENT.itemsize
         lists += len(self.removals) * fmt.SUPERBLOCK_REMOVAL.itemsize
+        lists += len(self.cuts) * fmt.SUPERBLOCK_CUT.itemsize
         return fmt.SUPERBLOCK_HEAD.itemsize + lists + 4
 
     def encode(self) -> bytes:
@@ -123,6 +147,7 @@ class Superblock:
             head["flags"] |= fmt.SUPERBLOCK_PAIRED
             head["snapshot_op"], head["snapshot_crc"] = self.pairing
         head["segment_count"], head["removal_count"] = len(self.segments), len(self.removals)
+        head["cut_count"] = len(self.cuts)
         head["user_bytes"] = len(self.user_data)
         head["user"] = np.void(self.user_data.ljust(fmt.USER_DATA_BYTES_MAX, b"\0"))
         segments = np.array(
@@ -130,8 +155,9 @@ class Superblock:
             fmt.SUPERBLOCK_SEGMENT,
         )
         removals = np.array([(r.first, r.last, r.below_lsn) for r in self.removals], fmt.SUPERBLOCK_REMOVAL)
+        cuts = np.array([(c.sequence, c.op) for c in self.cuts], fmt.SUPERBLOCK_CUT)
         head["bytes"] = self.encoded_bytes
-        body: bytes = head.tobytes() + segments.tobytes() + removals.tobytes()
+        body: bytes = head.tobytes() + segments.tobytes() + removals.tobytes() + cuts.tobytes()
         return body + struct.pack("<I", fmt.crc32c(body))
 
     @classmethod
@@ -149,7 +175,9 @@ class Superblock:
         segment_count, removal_count = int(head["segment_count"]), int(head["removal_count"])
         at = fmt.SUPERBLOCK_HEAD.itemsize
         removals_at = at + segment_count * fmt.SUPERBLOCK_SEGMENT.itemsize
-        end = removals_at + removal_count * fmt.SUPERBLOCK_REMOVAL.itemsize
+        cut_count = int(head["cut_count"])
+        cuts_at = removals_at + removal_count * fmt.SUPERBLOCK_REMOVAL.itemsize
+        end = cuts_at + cut_count * fmt.SUPERBLOCK_CUT.itemsize
         if int(head["bytes"]) != end + 4 or end + 4 > len(data):
             raise ValueError("its length does not fit its contents")
         if struct.unpack_from("<I", data, end)[0] != fmt.crc32c(data[:end]):
@@ -157,10 +185,12 @@ class Superblock:
         flags = int(head["flags"])
         if flags & ~(fmt.SUPERBLOCK_SEALED | fmt.SUPERBLOCK_PAIRED):
             raise ValueError(f"it has flags that nobody sets: {flags:#x}")
-        if removal_count > fmt.REMOVALS_MAX or int(head["user_bytes"]) > fmt.USER_DATA_BYTES_MAX:
-            raise ValueError(f"it has {removal_count} removals and {head['user_bytes']} bytes of user data")
+        counts = removal_count, cut_count, int(head["user_bytes"])
+        if any(n > most for n, most in zip(counts, _COUNTS_MAX, strict=True)):
+            raise ValueError("it has {} removals, {} cuts and {} bytes of user data".format(*counts))
         segments = np.frombuffer(data, fmt.SUPERBLOCK_SEGMENT, segment_count, at)
         removals = np.frombuffer(data, fmt.SUPERBLOCK_REMOVAL, removal_count, removals_at)
+        cuts = np.frombuffer(data, fmt.SUPERBLOCK_CUT, cut_count, cuts_at)
         superblock = cls(
             uuid=bytes(head["uuid"]),
             slot_count=int(head["slot_count"]),
@@ -180,6 +210,7 @@ class Superblock:
                 for id, base, capacity, end, generation, _ in segments.tolist()
             ),
             removals=tuple(Removal(*row) for row in removals.tolist()),
+            cuts=tuple(Cut(*row) for row in cuts.tolist()),
             user_data=bytes(head["user"])[: int(head["user_bytes"])],
         )
         wrong = next(_contradictions(superblock), None)
@@ -208,6 +239,9 @@ def _contradictions(s: Superblock) -> Iterator[str]:
     for r in s.removals:
         if not 1 <= r.first <= r.last <= fmt.OP_MAX or r.below_lsn > s.next_base_lsn:
             yield f"{r}"
+    for c in s.cuts:
+        if not 1 <= c.op <= fmt.OP_MAX or c.sequence > s.sequence:
+            yield f"{c} in the superblock of sequence {s.sequence}"
     if s.seal is not None:
         live, first, last = s.seal.live, s.seal.first_op, s.seal.last_op
         counted = s.watermark < first <= last <= fmt.OP_MAX and live <= min(s.slot_count, last - first + 1)

@@ -75,6 +75,8 @@ struct mw_index_header {
     uint8_t reserved[16];
     struct mw_progress progress[2];
     uint32_t wake;              /* counts publications: a futex word for followers */
+    uint32_t waiting;           /* one of them sleeps, or is about to */
+    uint64_t superblock_sequence; /* of the superblock in force: another one is to be read again */
 };
 
 /* ---- results below -4095: what is no errno ---- */
@@ -283,6 +285,46 @@ int mw_lookup(const struct mw_slot *slots, uint64_t slot_count, uint64_t op, str
 int mw_check_frame(const uint8_t *frames, uint64_t base_lsn, uint64_t capacity, uint32_t salt,
                    uint64_t lsn, uint64_t op, struct mw_frame *header, void *to, uint64_t to_bytes);
 
+/* ---- followers ---- */
+
+int mw_follow_word(const struct mw_index_header *page, uint32_t *wake);
+int mw_follow_sequence(const struct mw_index_header *page, uint64_t *sequence);
+int mw_follow_wait(struct mw_index_header *page, uint32_t seen, int64_t timeout_ns, int tells);
+int mw_follow_notify(struct mw_index_header *page);
+void mw_follow_stir(struct mw_index_header *page);
+
+enum mw_walk_stop {
+    MW_WALK_LIMIT = 0,          /* the limit was reached */
+    MW_WALK_END = 1,            /* an END frame: on to the next segment */
+    MW_WALK_GAP = 2,            /* a GAP frame: what was there is not known */
+    MW_WALK_STALE = 3,          /* an entry at or below the watermark */
+    MW_WALK_FULL = 4            /* no row is left */
+};
+
+struct mw_walk {
+    /* in */
+    const uint8_t *frames;      /* the first byte behind the header page */
+    uint64_t base_lsn;
+    uint64_t capacity;
+    uint64_t limit_lsn;         /* stop here */
+    uint64_t from_op;           /* entries below it are passed by */
+    uint64_t watermark;
+    const struct mw_removal *removals; /* what they hide is passed by */
+    struct mw_slot *slots;      /* stored into instead of rows, and only what is live; or NULL */
+    uint64_t slot_count;
+    uint32_t removal_count;
+    uint32_t salt;
+    int past_gaps;              /* GAP frames are passed by too */
+    /* in and out */
+    uint64_t lsn;
+    /* out */
+    uint64_t op;                /* of the frame that it stopped at, when its header can be believed; or 0 */
+    int stop;
+    int failed;                 /* MW_E_CORRUPT or a negative errno; what comes before it counts all the same */
+};
+
+int64_t mw_walk(struct mw_walk *walk, struct mw_columns *out, uint64_t max);
+
 /* ---- the writer: staging and group commit ---- */
 
 enum mw_durability { MW_SYNC = 1, MW_OS = 2, MW_BUFFERED = 3 };
@@ -306,6 +348,7 @@ struct mw_config {
     uint64_t watermark;
     uint64_t lsn;               /* the tail: written and durable */
     uint64_t buffer_bytes;      /* MW_BUFFERED: handed to the kernel beyond this */
+    uint64_t superblock_sequence;
     uint32_t epoch;
     uint32_t link;
     uint32_t align_bytes;
@@ -366,6 +409,7 @@ int64_t mw_writer_ended(struct mw_writer *w, uint64_t id);
 int mw_writer_wait_wanted(struct mw_writer *w);
 int mw_writer_barrier(struct mw_writer *w, uint64_t first, uint64_t last);
 int64_t mw_writer_remove(struct mw_writer *w, uint64_t first, uint64_t last, uint64_t below_lsn);
+int mw_writer_note_superblock(struct mw_writer *w, uint64_t sequence);
 int64_t mw_writer_set_watermark(struct mw_writer *w, uint64_t op);
 int mw_writer_set_epoch(struct mw_writer *w, uint32_t epoch);
 void mw_writer_poison(struct mw_writer *w, int error);

@@ -42,6 +42,7 @@ int publish_group(struct mw_writer *w, const uint8_t *from, const uint8_t *to) {
 
 static int store_progress(void *arg) {
     struct mw_writer *w = arg;
+    __atomic_store_n(&w->config.page->superblock_sequence, w->config.superblock_sequence, __ATOMIC_RELAXED);
     mw_progress_store(w->config.page, w->written_lsn, w->durable_lsn, w->watermark);
     return 0;
 }
@@ -71,6 +72,7 @@ void poison(struct mw_writer *w, int stage, int error) {
     }
     for (int i = 0; i < 2; i++) finish(w, &w->groups[i], UINT64_MAX, MW_E_POISONED);
     complete(w, w->staged_ticket, MW_E_POISONED);
+    if (mw_guard_arm() == 0) (void)publish_progress(w); /* nothing new: followers shall see that it is over */
     pthread_cond_broadcast(&w->wanted);
     pthread_cond_broadcast(&w->idle);
     pthread_cond_signal(&w->kick);

@@ -148,8 +148,10 @@ void mw_progress_store(struct mw_index_header *page, uint64_t written_lsn, uint6
     struct mw_progress *to = &page->progress[sequence & 1];
     struct mw_progress p = {written_lsn, durable_lsn, watermark, sequence, 0};
     p.check = progress_check(page, &p);
+    __atomic_thread_fence(__ATOMIC_RELEASE);
     memcpy(to, &p, sizeof p);
     __atomic_store_n(&page->wake, sequence, __ATOMIC_RELEASE);
+    mw_followers_wake(page);
 }
 
 struct progress {
@@ -164,7 +166,10 @@ static int read_progress(void *arg) {
         struct mw_progress p;
         memcpy(&p, &r->page->progress[i], sizeof p);
         if (p.check != progress_check(r->page, &p) || p.durable_lsn > p.written_lsn) continue;
-        if (!found || p.durable_lsn > r->out->durable_lsn) *r->out = p;
+        const struct mw_progress *best = r->out;
+        bool further = p.durable_lsn != best->durable_lsn ? p.durable_lsn > best->durable_lsn
+                                                          : p.written_lsn > best->written_lsn;
+        if (!found || further) *r->out = p;
         found = 1;
     }
     return found ? 0 : MW_E_MISSING;

@@ -235,6 +235,17 @@ int64_t mw_writer_remove(struct mw_writer *w, uint64_t first, uint64_t last, uin
     return removed;
 }
 
+/* Published with the progress from now on: others read that superblock. */
+int mw_writer_note_superblock(struct mw_writer *w, uint64_t sequence) {
+    if (w->forked) return MW_E_FORKED;
+    pthread_mutex_lock(&w->mutex);
+    w->config.superblock_sequence = sequence;
+    int rc = mw_guard_arm();
+    if (rc == 0) rc = publish_progress(w);
+    pthread_mutex_unlock(&w->mutex);
+    return rc;
+}
+
 int64_t mw_writer_set_watermark(struct mw_writer *w, uint64_t op) {
     if (w->forked) return MW_E_FORKED;
     pthread_mutex_lock(&w->mutex);
@@ -264,7 +275,9 @@ void mw_writer_poison(struct mw_writer *w, int error) {
 void mw_writer_close(struct mw_writer *w) {
     if (w->forked) return;
     pthread_mutex_lock(&w->mutex);
+    bool first = !w->closed;
     w->closed = true;
+    if (first && mw_guard_arm() == 0) (void)publish_progress(w); /* nothing new: followers shall see it */
     while (w->leading || w->flight->waiters != NULL || w->open->waiters != NULL)
         pthread_cond_wait(&w->idle, &w->mutex);
     pthread_cond_broadcast(&w->wanted);

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import base64
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +25,25 @@ def add(commands: Any) -> None:
     parser.add_argument("directory", metavar="DIR", type=Path, help="the journal's folder")
     parser.add_argument("--first", metavar="OP", type=integer(1, OP_MAX), help="from this op on")
     parser.add_argument("--last", metavar="OP", type=integer(1, OP_MAX), help="up to this op, inclusive")
+    add_form(parser)
+    parser.set_defaults(run=run)
+
+
+def add_form(parser: argparse.ArgumentParser) -> None:
+    """How entries are printed."""
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--raw", action="store_true", help="whole payloads as they are, a newline after each")
     form.add_argument("--json", action="store_true", help="one object a line, the whole payload as base64")
-    parser.set_defaults(run=run)
+
+
+def form_of(args: argparse.Namespace) -> Callable[[Entry], None]:
+    return _raw if args.raw else _json if args.json else _text
 
 
 def run(args: argparse.Namespace) -> int:
     if args.first is not None and args.last is not None and args.first > args.last:
         raise CannotRunError(f"--first {args.first} is above --last {args.last}")
-    show = _raw if args.raw else _json if args.json else _text
+    show = form_of(args)
     with open_journal(args.directory, create=False) as journal:
         for entry in journal.entries(args.first, args.last):
             show(entry)
@@ -41,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _raw(entry: Entry) -> None:
+    output.flush()  # what was printed before goes first
     sys.stdout.buffer.write(entry.payload)
     sys.stdout.buffer.write(b"\n")
 

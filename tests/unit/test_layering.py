@@ -34,9 +34,11 @@ LAYERS = [
         "removal",
         "verify",
         "stats",
+        "observer",
+        "following",
     },
     {"journal", "snapshot", "backup"},
-    {"replica", "aio", "testing"},
+    {"replica", "aio", "aio_following", "testing"},
     {"mmapwal"},
     {"cli", "integrations", "__main__"},
 ]

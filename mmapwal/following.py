@@ -1,0 +1,319 @@
+"""Following a journal: its entries in the order in which they become durable, from this process or another.
+
+A follower reads frames, not the index: what it gives depends on the superblock, the frames and the published
+progress alone. Whoever has nothing to read sleeps on a word of the index page, which the writer wakes.
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections import deque
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any, Protocol
+
+from mmapwal import format as fmt
+from mmapwal._native import ffi, lib
+from mmapwal.columns import Room
+from mmapwal.errors import CorruptionError, StaleOpError, TruncatedError
+from mmapwal.observer import LOOK_S
+from mmapwal.reader import Entry
+from mmapwal.recovery import removal_rows
+from mmapwal.segment import SegmentSet, SegmentTable
+from mmapwal.superblock import Superblock
+
+__all__ = ["Bell", "Followed", "Follower", "Following"]
+
+ROWS = 512
+NOBODY_S = 0.02  # there is no page yet
+POLL_S = 0.001  # the page cannot be stored to: nobody knows that one sleeps
+
+
+class Followed(Protocol):
+    """What an engine tells followers."""
+
+    segments: SegmentSet
+
+    @property
+    def superblock(self) -> Superblock: ...
+    def look(self) -> bool:
+        """Takes over what has changed; whether there is a journal yet. After the progress was read."""
+
+    def look_again(self, table: SegmentTable) -> bool:
+        """A segment of that table is not where it was: whether there is another table now."""
+
+    def follow_page(self) -> tuple[Any, Any, bool]:
+        """(struct mw_index_header or None, what keeps it, whether it can be stored to)."""
+
+    def published(self) -> tuple[int, int]:
+        """(written, durable) LSN."""
+
+    def check_followed(self) -> None:
+        """Raises what ends a follower when it has all."""
+
+
+class Bell:
+    """What a follower sleeps by: the word of the index page that counts publications."""
+
+    def __init__(self, engine: Followed) -> None:
+        self._engine = engine
+        self._word = ffi.new("uint32_t *")
+        self._stopped = False
+
+    def listen(self) -> None:
+        """Before a look at what is published: wait() ends when more is, from here on. OSError."""
+        page, _, _ = self._engine.follow_page()
+        if page is not None:
+            _check(lib.mw_follow_word(page, self._word))
+
+    def wait(self, timeout_s: float) -> None:
+        """Blocks until something may have come, at most so long. A signal ends it. OSError."""
+        page, keep, writable = self._engine.follow_page()
+        if self._stopped:
+            return
+        if page is None:
+            time.sleep(min(timeout_s, NOBODY_S))
+            return
+        timeout_ns = int(min(timeout_s, LOOK_S if writable else POLL_S) * 1e9)
+        rc = lib.mw_follow_wait(page, self._word[0], max(timeout_ns, 1), writable)
+        del keep
+        if rc != -errno.ETIMEDOUT:
+            _check(rc)
+
+    def stop(self) -> None:
+        """Ends wait() in another thread, now and for ever."""
+        self._stopped = True
+        page, _, _ = self._engine.follow_page()
+        if page is not None:
+            lib.mw_follow_stir(page)
+
+
+class Follower:
+    """One reader of the stream. For one thread at a time."""
+
+    def __init__(self, engine: Followed, from_op: int | None, *, written: bool) -> None:
+        self._engine = engine
+        self._written = written
+        self._from_op = from_op
+        self._at = 0  # LSN of the next frame; 0: not begun
+        self._in = ""  # the segment in which that begins a frame
+        self.bell = Bell(engine)
+        self._sequence = 0  # of the superblock that was looked at
+        self._epoch = 0
+        self._highest_op = 0  # of what was given
+        self._seen_op = 0  # watermark when all there was had been given, or what from_op stands for
+        self._unproven: deque[tuple[int, int]] = deque()  # (LSN, op) given and not known to be durable
+        self._room = Room(ROWS)
+        self._rows: tuple[Superblock, Any] | None = None
+        if engine.look():
+            self._begin(engine.superblock)
+
+    def take(self) -> list[Entry]:
+        """What comes next, at most some hundred; empty: nothing yet. Does not wait."""
+        self.bell.listen()
+        written, durable = self._engine.published()
+        if not self._engine.look():
+            return []
+        self._take_over(self._engine.superblock, durable)
+        limit = written if self._written else durable
+        while self._at < limit:
+            entries = self._walk(limit)
+            if entries:
+                return entries
+        self._seen_op = max(self._seen_op, self._engine.superblock.watermark)
+        self._engine.check_followed()
+        return []
+
+    # --- changes of structure -----------------------------------------------------------------------
+
+    def _begin(self, superblock: Superblock) -> None:
+        """Who asks for what comes from an op on has what is below it."""
+        if self._from_op is None:
+            self._from_op = superblock.watermark + 1
+        else:
+            self._highest_op = self._from_op - 1
+        self._seen_op = self._from_op - 1
+        self._at = superblock.segments[0].base_lsn if superblock.segments else superblock.next_base_lsn
+        self._sequence, self._epoch = superblock.sequence, superblock.epoch
+        if self._from_op <= superblock.watermark:
+            raise self._stale(self._from_op)
+
+    def _take_over(self, superblock: Superblock, durable_lsn: int) -> None:
+        """Of a superblock: what was cut off of what was given, and where to begin."""
+        if self._at == 0:
+            self._begin(superblock)
+        if superblock.epoch == self._epoch:
+            while self._unproven and self._unproven[0][0] < durable_lsn:
+                self._unproven.popleft()
+        if superblock.sequence == self._sequence:
+            return
+        cuts = [self._lost_op(superblock), superblock.cut_since(self._sequence)]
+        self._sequence, self._epoch = superblock.sequence, superblock.epoch
+        cut = min((op for op in cuts if op is not None and op <= self._highest_op), default=None)
+        if cut is not None:
+            self._from_op = min(self._from_op or cut, cut)
+            self._highest_op = cut - 1
+            raise TruncatedError(cut)
+
+    def _lost_op(self, superblock: Superblock) -> int | None:
+        """The lowest op that was given when it was written, and was not there when the writer came back: of
+        several lives of it none says what the ones before kept. It goes on where they were."""
+        lives = superblock.epoch - self._epoch
+        start = superblock.epoch_start_lsn if lives == 1 else 0
+        lost = [(lsn, op) for lsn, op in self._unproven if lives and lsn >= start]
+        if not lost:
+            return None
+        self._at = max(start, self._unproven[0][0])
+        self._unproven.clear()
+        return min(op for _, op in lost)
+
+    def _stale(self, op: int) -> StaleOpError:
+        """It goes on above the watermark."""
+        watermark = self._engine.superblock.watermark
+        self._from_op = watermark + 1
+        self._seen_op = watermark
+        return StaleOpError(
+            f"op {op} is at or below the watermark {watermark}: what follows begins above it",
+            first_op=watermark + 1,
+        )
+
+    # --- frames -------------------------------------------------------------------------------------
+
+    def _walk(self, limit: int) -> list[Entry]:
+        table = self._engine.segments.table
+        row = table.row(self._at)
+        if row < 0:
+            self._pass_lost(table, limit)
+            return []
+        try:
+            view = table.map(row)
+        except CorruptionError:
+            if not self._engine.look_again(table):
+                raise
+            self._take_over(self._engine.superblock, 0)
+            return []
+        segment = table.segments[row]
+        if segment.record.name != self._in:
+            self._enter(table, row)
+        walk = self._native_walk(table, row, limit)
+        count = lib.mw_walk(walk, self._room.native, ROWS)
+        if walk.failed == lib.MW_E_CORRUPT and not count:  # else the next time
+            raise CorruptionError(
+                segment.record.name, fmt.PAGE_BYTES + int(walk.lsn) - segment.record.base_lsn, int(walk.lsn),
+                int(walk.op) or None, "the frame does not verify",
+            )  # fmt: skip
+        if walk.failed and not count:
+            raise OSError(-walk.failed, "reading the segment failed", segment.record.name)
+        entries = self._given(view, int(count))
+        self._at = int(walk.lsn)
+        if entries:
+            return entries
+        if walk.stop == lib.MW_WALK_STALE:
+            raise self._stale(int(walk.op))
+        if walk.stop == lib.MW_WALK_GAP:
+            self._lost()
+            self._at += fmt.frame_bytes(self._gap_bytes(view, segment.record.base_lsn))
+        elif walk.stop == lib.MW_WALK_END or self._at >= segment.record.next_base_lsn:
+            self._at = segment.record.next_base_lsn
+        return []
+
+    def _enter(self, table: SegmentTable, row: int) -> None:
+        """In a new generation of the segment, a gap may stand for what is before and behind the place."""
+        segment = table.segments[row]
+        if self._at > segment.record.base_lsn:
+            walk = self._native_walk(table, row, self._at)
+            walk.lsn, walk.from_op, walk.past_gaps = segment.record.base_lsn, 2**63, True
+            lib.mw_walk(walk, ffi.NULL, 0)  # what is wrong there, the next walk tells
+            if not walk.failed and walk.lsn > self._at:
+                self._lost()
+                self._at = int(walk.lsn)
+        self._in = segment.record.name
+
+    def _native_walk(self, table: SegmentTable, row: int, limit: int) -> Any:
+        segment, superblock = table.segments[row], self._engine.superblock
+        if self._rows is None or self._rows[0] is not superblock:
+            self._rows = superblock, removal_rows(superblock)
+        return ffi.new(
+            "struct mw_walk *",
+            {
+                "frames": segment.frames, "base_lsn": segment.record.base_lsn,
+                "capacity": segment.record.capacity, "limit_lsn": limit, "from_op": self._from_op,
+                "watermark": superblock.watermark, "removals": self._rows[1],
+                "removal_count": len(superblock.removals), "salt": segment.salt, "lsn": self._at,
+            },
+        )  # fmt: skip
+
+    def _given(self, view: memoryview, count: int) -> list[Entry]:
+        out = self._room
+        ops = out.op[:count].tolist()
+        self._highest_op = max([self._highest_op, *ops])
+        if self._written:
+            self._unproven.extend(zip(out.lsn[:count].tolist(), ops, strict=True))
+        rows = zip(
+            ops, out.start[:count].tolist(), out.end[:count].tolist(), out.kind[:count].tolist(),
+            out.timestamp_ns[:count].tolist(), strict=True,
+        )  # fmt: skip
+        return [Entry(op, view[start:end], kind, timestamp) for op, start, end, kind, timestamp in rows]
+
+    def _gap_bytes(self, view: memoryview, base_lsn: int) -> int:
+        at = fmt.PAGE_BYTES + self._at - base_lsn
+        return int.from_bytes(view[at + 40 : at + 44], "little")
+
+    def _pass_lost(self, table: SegmentTable, limit: int) -> None:
+        """The segment is gone, or its successor is not named yet by the superblock that was looked at."""
+        if self._engine.look_again(table):
+            self._take_over(self._engine.superblock, 0)
+            return
+        later = [s.record.base_lsn for s in table.segments if s.record.base_lsn > self._at]
+        self._lost()
+        self._at = min([*later, limit])
+
+    def _lost(self) -> None:
+        """Frames are gone that were not given. No matter, if they were dead before they were looked for;
+        where the watermark has moved since, entries can be among them."""
+        if self._engine.superblock.watermark > self._seen_op:
+            raise self._stale(self._seen_op + 1)
+
+
+class Following:
+    """Journal.follow(): an iterator, over what comes next. After an error it goes on behind that."""
+
+    def __init__(
+        self, engine: Followed, from_op: int | None, timeout: float | None, *, written: bool = False
+    ) -> None:
+        self._follower = Follower(engine, from_op, written=written)
+        self._timeout = timeout
+        self._rest: Iterator[Entry] = iter(())  # taken, and not given yet
+
+    def __iter__(self) -> Iterator[Entry]:
+        return chain.from_iterable(self._batches())
+
+    def __next__(self) -> Entry:
+        for entry in self:
+            return entry
+        raise StopIteration
+
+    def _batches(self) -> Iterator[Iterator[Entry]]:
+        follower, timeout = self._follower, self._timeout
+        yield self._rest
+        deadline = None
+        while True:
+            entries = follower.take()
+            if entries:
+                self._rest = iter(entries)
+                yield self._rest
+                deadline = None
+            elif timeout is None:
+                follower.bell.wait(LOOK_S)
+            else:
+                now = time.monotonic()
+                deadline = now + timeout if deadline is None else deadline
+                if now >= deadline:
+                    return
+                follower.bell.wait(deadline - now)
+
+
+def _check(rc: int) -> None:
+    if rc < 0:
+        raise OSError(-rc, "reading the index failed", fmt.INDEX_NAME)
