@@ -20,6 +20,7 @@ from mmapwal._native import ffi, lib
 from mmapwal.engine import Engine, Options
 from mmapwal.errors import ClosedError, CorruptionError, JournalError, ReadonlyError
 from mmapwal.index import SlotIndex, progress_on, published_page
+from mmapwal.opening import check_sizes
 from mmapwal.reader import Reader
 from mmapwal.recovery import RecoveryReport, removal_rows
 from mmapwal.segment import Segment, SegmentSet, SegmentTable
@@ -94,12 +95,15 @@ class Observer(Engine):
     def _read_superblock(self) -> None:
         with self.structure:
             old, new = self._superblock, read_superblock(self.directory)
-            if new is None or new.sequence == old.sequence:
+            if new is None:
                 return
             if old is _NOBODY:
+                check_sizes(self.directory, new, self.options)
                 self.segments = SegmentSet(self.directory, new.uuid, new.segments)
             elif new.uuid != old.uuid:
                 raise JournalError(f"{self.directory}: another journal has taken the place of this one")
+            elif new.sequence == old.sequence:
+                return
             else:
                 self.segments.follow(new.segments)
             if new.epoch != old.epoch:  # as Engine does: what is written is mapped anew

@@ -30,7 +30,7 @@ from mmapwal.segment import SegmentSet
 from mmapwal.storage import Directory, SyncMethod
 from mmapwal.superblock import Seal, Superblock, SuperblockFile, read_superblock
 
-__all__ = ["Durability", "Opening", "Options", "check_empty"]
+__all__ = ["Durability", "Opening", "Options", "check_empty", "check_sizes"]
 
 SLOTS_DEFAULT = 65_536
 SEGMENT_BYTES_DEFAULT = 16 << 20
@@ -69,6 +69,17 @@ def check_empty(directory: Directory, options: Options) -> None:
         raise JournalError(f"{directory} holds something else: {', '.join(strangers[:3])}")
 
 
+def check_sizes(directory: Directory, superblock: Superblock, options: Options) -> None:
+    """IncompatibleFormatError where the caller asks for other sizes than the journal was made with."""
+    for name, wanted, is_ in (
+        ("slots", options.slots, superblock.slot_count),
+        ("segment_bytes", options.segment_bytes, superblock.segment_bytes),
+        ("commit_align_bytes", options.align_bytes, superblock.align_bytes),
+    ):
+        if wanted is not None and wanted != is_:
+            raise IncompatibleFormatError(f"{directory} was made with {name}={is_}, not {wanted}")
+
+
 class Opening:
     """One open, step by step. The caller has the lock, and lets go when a step fails."""
 
@@ -96,7 +107,7 @@ class Opening:
             superblock = self._create()
         else:
             self.file = SuperblockFile(self.directory, superblock)
-        self._check_sizes(superblock)
+        check_sizes(self.directory, superblock, self.options)
         method = self.options.sync_method
         self.sync_method = self.directory.best_sync_method() if method is SyncMethod.AUTO else method
         self.segments = SegmentSet(self.directory, superblock.uuid, superblock.segments)
@@ -146,15 +157,6 @@ class Opening:
         self.file = SuperblockFile(self.directory, superblock)
         self.file.commit(superblock)
         return self.file.current
-
-    def _check_sizes(self, superblock: Superblock) -> None:
-        for name, wanted, is_ in (
-            ("slots", self.options.slots, superblock.slot_count),
-            ("segment_bytes", self.options.segment_bytes, superblock.segment_bytes),
-            ("commit_align_bytes", self.options.align_bytes, superblock.align_bytes),
-        ):
-            if wanted is not None and wanted != is_:
-                raise IncompatibleFormatError(f"{self.directory} was made with {name}={is_}, not {wanted}")
 
     def _settle(self, superblock: Superblock, index: SlotIndex | None) -> None:
         """Makes what was found the truth: the superblock durable, the tail proven, a new epoch there."""

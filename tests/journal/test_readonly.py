@@ -1,0 +1,377 @@
+"""Journals that are only read, beside a writer in another process: whatever it does, dies of, or is not."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmapwal import (
+    ClosedError,
+    FileStorage,
+    IncompatibleFormatError,
+    Journal,
+    JournalError,
+    LockedError,
+    ReadonlyError,
+    StaleOpError,
+    SystemDirectory,
+)
+from mmapwal.observer import Observer
+
+SMALL: dict[str, Any] = {"slots": 256, "segment_bytes": 16384}
+
+WRITER = textwrap.dedent(
+    """
+    import sys
+    from mmapwal import Journal
+
+    # Commands come as lines; what they gave goes back as one.
+    journal = Journal(sys.argv[1], slots=256, segment_bytes=16384)
+    print("open", flush=True)
+    for line in sys.stdin:
+        print(eval(line, {"journal": journal}), flush=True)
+    journal.close()
+    """
+)
+
+
+class Writer:
+    """A journal in another process."""
+
+    def __init__(self, path: Path) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-W", "error", "-c", WRITER, str(path)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert self._line() == "open"
+
+    def _line(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
+
+    def do(self, call: str) -> str:
+        """`journal.` and so on, done there; what it gave, as text."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"journal.{call}\n")
+        self._process.stdin.flush()
+        return self._line()
+
+    def append(self, count: int) -> None:
+        self.do(f"append_many([b'%d' % n * 20 for n in range({count})])")
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(30)
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+    def kill(self) -> None:
+        os.kill(self._process.pid, signal.SIGKILL)
+        self.close()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[[], Writer]]:
+    writers: list[Writer] = []
+
+    def start_one() -> Writer:
+        writers.append(Writer(tmp_path / "j"))
+        return writers[-1]
+
+    yield start_one
+    for writer in writers:
+        if writer._process.poll() is None:
+            writer.kill()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "j"
+
+
+def ops(entries: Any) -> list[int]:
+    return [entry.op for entry in entries]
+
+
+# --- reading beside a writer --------------------------------------------------------------------------
+
+
+def test_a_reader_sees_what_another_process_appends_removes_and_compacts_at_its_next_read(
+    start: Callable[[], Writer], path: Path
+) -> None:
+    writer = start()
+    with Journal(path, readonly=True) as reader:
+        assert (len(reader), reader.last_op, list(reader)) == (0, None, [])
+        writer.append(100)
+        assert ops(reader) == list(range(1, 101))
+        assert bytes(reader.read(7)) == b"6" * 20
+        writer.do("append(b'new', op=7, replace=True)")
+        assert bytes(reader.read(7)) == bytes(reader[7].payload) == reader.copy(7) == b"new"
+        held = reader.read(50)
+        writer.do("drain(40, 60)")
+        assert 50 not in reader
+        writer.do("truncate_from(90)")
+        assert (reader.last_op, len(reader)) == (89, 68)
+        writer.do("set_snapshot_op(20)")
+        writer.do("compact(wait=True)")
+        assert (reader.first_op, reader.snapshot_op, len(reader)) == (21, 20, 48)
+        assert ops(reader.entries(80)) == list(range(80, 90))
+        assert bytes(held) == b"49" * 20
+        assert reader.header(21) is not None
+        assert reader.columns().ops.tolist() == ops(reader)
+        assert reader.stats().entries == 48
+
+
+def test_what_writes_is_refused_and_nothing_is_changed(start: Callable[[], Writer], path: Path) -> None:
+    writer = start()
+    writer.append(10)
+    with Journal(path, readonly=True) as reader:
+        before = {file.name: (file.stat().st_ino, file.stat().st_mtime_ns) for file in path.iterdir()}
+        for call in (
+            lambda: reader.append(b"x"), lambda: reader.append(b"x", op=90), reader.sync, reader.compact,
+            lambda: reader.append_many([b"x"]), lambda: reader.append_many([]), lambda: reader.drain(1, 2),
+            lambda: reader.truncate_from(3), lambda: reader.set_snapshot_op(3),
+            lambda: reader.remaining_capacity, lambda: reader.set_user_data(b"x"),
+            lambda: reader.pair_snapshot(3, 4),
+        ):  # fmt: skip
+            with pytest.raises(ReadonlyError, match="read only"):
+                call()
+        assert reader.readonly
+        assert reader.verify().ok
+        assert reader.poisoned is None
+        after = {file.name: (file.stat().st_ino, file.stat().st_mtime_ns) for file in path.iterdir()}
+        assert after == before
+        with pytest.raises(LockedError):  # the writer's still
+            Journal(path)
+    with pytest.raises(ClosedError):
+        reader.read(1)
+    with pytest.raises(ClosedError):
+        next(reader.follow())
+    assert writer.do("last_op") == "10"
+
+
+def test_a_backup_by_a_reader_has_all_that_is_durable(
+    start: Callable[[], Writer], path: Path, tmp_path: Path
+) -> None:
+    start().append(30)
+    with Journal(path, readonly=True) as reader:
+        reader.backup(tmp_path / "copy")
+    with Journal(tmp_path / "copy") as copy:
+        assert ops(copy) == list(range(1, 31))
+
+
+@pytest.mark.parametrize("end", ["close", "kill"])
+def test_a_journal_that_nobody_writes_is_read_as_it_was_left(
+    start: Callable[[], Writer], path: Path, end: str
+) -> None:
+    writer = start()
+    writer.append(200)
+    getattr(writer, end)()
+    with Journal(path, readonly=True) as reader:
+        assert ops(reader) == ops(reader.follow(timeout=0)) == list(range(1, 201))
+    if end == "close":
+        (path / "index").unlink()  # derived: who reads does without
+        with Journal(path, readonly=True) as reader:
+            assert ops(reader) == ops(reader.follow(timeout=0)) == list(range(1, 201))
+
+
+# --- following across the writer's lives --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("end", ["close", "kill"])
+def test_a_follower_goes_on_when_the_writer_dies_and_comes_back(
+    start: Callable[[], Writer], path: Path, end: str
+) -> None:
+    writer = start()
+    with Journal(path, readonly=True) as reader:
+        got: list[int] = []
+        all_came = threading.Event()
+
+        def follows() -> None:
+            for entry in reader.follow():
+                got.append(entry.op)
+                if entry.op == 160:
+                    all_came.set()
+                    return
+
+        thread = threading.Thread(target=follows, daemon=True)
+        thread.start()
+        for life in range(4):
+            writer.append(30)
+            writer.do("append(b'z' * 3000)")
+            writer.append(9)
+            getattr(writer, end)()
+            if life == 2:
+                (path / "index").unlink()  # rebuilt, as another file
+            writer = start()
+        assert all_came.wait(30)
+        assert got == list(range(1, 161))
+
+
+def test_a_follower_waits_for_a_writer_that_is_not_there_yet(start: Callable[[], Writer], path: Path) -> None:
+    path.mkdir()
+    with Journal(path, readonly=True) as reader:
+        assert (len(reader), reader.first_op, reader.snapshot_op, list(reader.follow(timeout=0))) == (
+            0,
+            None,
+            0,
+            [],
+        )
+        entries = reader.follow(timeout=30)
+        threading.Timer(0.2, lambda: start().append(5)).start()
+        assert [next(entries).op for _ in range(5)] == [1, 2, 3, 4, 5]
+        assert ops(reader) == [1, 2, 3, 4, 5]
+        assert list(path.iterdir())
+    with pytest.raises(FileNotFoundError):
+        Journal(path.parent / "nowhere", readonly=True)
+    (path.parent / "empty").mkdir()
+    with pytest.raises(FileNotFoundError):
+        Journal(path.parent / "empty", readonly=True, create=False)
+    assert list((path.parent / "empty").iterdir()) == []
+
+
+def test_a_journal_that_takes_the_place_of_the_one_that_is_read_is_told(path: Path) -> None:
+    with Journal(path, **SMALL) as journal:
+        journal.append(b"one")
+    with Journal(path, readonly=True) as reader:
+        entries = reader.follow(timeout=5)
+        assert next(entries).op == 1
+        for file in path.iterdir():
+            file.unlink()
+        with Journal(path, **SMALL) as journal:
+            journal.append(b"other")
+        with pytest.raises(JournalError, match="another journal"):
+            next(entries)
+
+
+def test_one_that_is_closed_in_another_thread_while_it_waits_says_so(path: Path) -> None:
+    with Journal(path, **SMALL) as journal, Journal(path, readonly=True) as reader:
+        journal.append(b"x")
+        came, told = threading.Event(), []
+
+        def waits() -> None:
+            try:
+                for _ in reader.follow():
+                    came.set()
+            except ClosedError as e:
+                told.append(e)
+
+        thread = threading.Thread(target=waits)
+        thread.start()
+        assert came.wait(20)
+        reader.close()
+        thread.join(20)
+        assert told
+
+
+def test_a_reader_that_may_not_write_follows_too(
+    start: Callable[[], Writer], path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of another user, or on a file system that is mounted read-only."""
+    writer = start()
+    true_open = SystemDirectory.open
+
+    def refuses(self: SystemDirectory, name: str, **how: Any) -> Any:
+        if how.get("writable"):
+            raise PermissionError(13, "Permission denied", name)
+        return true_open(self, name, **how)
+
+    monkeypatch.setattr(SystemDirectory, "open", refuses)
+    with Journal(path, readonly=True) as reader:
+        entries = reader.follow(timeout=20)
+        for op in range(1, 20):
+            writer.append(1)
+            assert next(entries).op == op
+
+
+# --- under load ---------------------------------------------------------------------------------------
+
+
+def test_readers_in_other_threads_never_see_a_torn_or_wrong_entry_while_the_writer_hurries(
+    start: Callable[[], Writer], path: Path, tally: Callable[[str, int], None]
+) -> None:
+    """Every payload says its own op; rotation, watermark and compaction go on all the time."""
+    writer = start()
+    stop = threading.Event()
+    failures: list[BaseException] = []
+    counts = [0, 0, 0]
+
+    def right(op: int, payload: memoryview) -> bool:
+        return bytes(payload) == b"%d " % op * 30
+
+    def follows(number: int) -> None:
+        entries, last = reader.follow(timeout=0.05), 0
+        while not stop.is_set():
+            try:
+                for entry in entries:
+                    assert entry.op == last + 1 or last == 0, (last, entry.op)
+                    assert right(entry.op, entry.payload)
+                    last = entry.op
+                    counts[number] += 1
+            except StaleOpError as e:
+                last = 0
+                assert e.first_op is not None
+
+    def reads(number: int) -> None:
+        while not stop.is_set():
+            for entry in reader:
+                assert right(entry.op, entry.payload)
+            last = reader.last_op or 0
+            for op in range(max(1, last - 5), last + 1):
+                found = reader.get(op)
+                assert found is None or right(op, found.payload)
+                counts[number] += 1
+
+    def run(work: Callable[[int], None], number: int) -> None:
+        try:
+            work(number)
+        except BaseException as e:  # noqa: BLE001  # told by the test
+            failures.append(e)
+            stop.set()
+
+    with Journal(path, readonly=True) as reader:
+        works = (follows, follows, reads)
+        threads = [threading.Thread(target=run, args=(w, n)) for n, w in enumerate(works)]
+        for thread in threads:
+            thread.start()
+        next_op, end = 1, time.monotonic() + 3
+        while time.monotonic() < end and not stop.is_set():
+            for _ in range(10):
+                writer.do(f"append_many([b'%d ' % op * 30 for op in range({next_op}, {next_op + 10})])")
+                next_op += 10
+            writer.do(f"set_snapshot_op({max(0, next_op - 80)})")
+            writer.do("compact()")
+        stop.set()
+        for thread in threads:
+            thread.join(30)
+        assert failures == []
+        assert all(counts)
+    tally("entries seen by readers beside a writer that hurries", sum(counts))
+
+
+# --- what makes no sense ------------------------------------------------------------------------------
+
+
+def test_choices_that_make_no_sense_for_a_reader_are_refused(path: Path) -> None:
+    with Journal(path, **SMALL) as journal:
+        journal.append(b"x")
+    with pytest.raises(ValueError, match="nothing to sync"):
+        Journal(path, readonly=True, sync_interval_ms=5)
+    with pytest.raises(ValueError, match="FileStorage"):
+        Journal(path, readonly=True, storage=SystemDirectory(path, storage=FileStorage))
+    with pytest.raises(IncompatibleFormatError, match="slots=256"):
+        Journal(path, readonly=True, slots=512)
+    with Journal(path, readonly=True, slots=256) as reader:
+        assert isinstance(reader._engine, Observer)
+        assert ops(reader) == [1]
