@@ -100,7 +100,8 @@ class AsyncJournal:
         return f"<mmapwal.AsyncJournal {self._engine.directory}>"
 
     async def __aenter__(self) -> Self:
-        self._start()
+        if not self.journal.readonly:
+            self._start()
         return self
 
     async def __aexit__(
