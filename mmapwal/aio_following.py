@@ -87,8 +87,8 @@ class AsyncFollowing:
                     deadline = None
                 rung.clear()
                 entries = self._follower.take()
-                if entries:
-                    self._rest = iter(entries)
+                if entries is not None:
+                    self._rest = entries
                     await asyncio.sleep(0)  # others have their turn
                     continue
                 if self._timeout is not None:

@@ -15,10 +15,10 @@ from typing import Any, Protocol
 
 from mmapwal import format as fmt
 from mmapwal._native import ffi, lib
-from mmapwal.columns import Room
+from mmapwal.columns import Gathered, Room
 from mmapwal.errors import CorruptionError, StaleOpError, TruncatedError
 from mmapwal.observer import LOOK_S
-from mmapwal.reader import Entry
+from mmapwal.reader import Entry, make_entry, slices_of
 from mmapwal.recovery import removal_rows
 from mmapwal.segment import SegmentSet, SegmentTable
 from mmapwal.superblock import Superblock
@@ -105,25 +105,27 @@ class Follower:
         self._seen_op = 0  # watermark when all there was had been given, or what from_op stands for
         self._unproven: deque[tuple[int, int]] = deque()  # (LSN, op) given and not known to be durable
         self._room = Room(ROWS)
+        self._chunk: Gathered
+        self._payloads = slices_of(iter(lambda: self._chunk, None))
         self._rows: tuple[Superblock, Any] | None = None
         if engine.look():
             self._begin(engine.superblock)
 
-    def take(self) -> list[Entry]:
-        """What comes next, at most some hundred; empty: nothing yet. Does not wait."""
+    def take(self) -> Iterator[Entry] | None:
+        """What comes next, at most some hundred, made when asked for; None: nothing yet. Does not wait."""
         self.bell.listen()
         written, durable = self._engine.published()
         if not self._engine.look():
-            return []
+            return None
         self._take_over(self._engine.superblock, durable)
         limit = written if self._written else durable
         while self._at < limit:
             entries = self._walk(limit)
-            if entries:
+            if entries is not None:
                 return entries
         self._seen_op = max(self._seen_op, self._engine.superblock.watermark)
         self._engine.check_followed()
-        return []
+        return None
 
     # --- changes of structure -----------------------------------------------------------------------
 
@@ -180,19 +182,19 @@ class Follower:
 
     # --- frames -------------------------------------------------------------------------------------
 
-    def _walk(self, limit: int) -> list[Entry]:
+    def _walk(self, limit: int) -> Iterator[Entry] | None:
         table = self._engine.segments.table
         row = table.row(self._at)
         if row < 0:
             self._pass_lost(table, limit)
-            return []
+            return None
         try:
-            view = table.map(row)
+            table.map(row)
         except CorruptionError:
             if not self._engine.look_again(table):
                 raise
             self._take_over(self._engine.superblock, 0)
-            return []
+            return None
         segment = table.segments[row]
         if segment.record.name != self._in:
             self._enter(table, row)
@@ -205,18 +207,20 @@ class Follower:
             )  # fmt: skip
         if walk.failed and not count:
             raise OSError(-walk.failed, "reading the segment failed", segment.record.name)
-        entries = self._given(view, int(count))
+        entries = (
+            self._given(Gathered(table, self._room, int(count), True, int(walk.stride))) if count else None
+        )
         self._at = int(walk.lsn)
-        if entries:
+        if entries is not None:
             return entries
         if walk.stop == lib.MW_WALK_STALE:
             raise self._stale(int(walk.op))
         if walk.stop == lib.MW_WALK_GAP:
             self._lost()
-            self._at += fmt.frame_bytes(self._gap_bytes(view, segment.record.base_lsn))
+            self._at = int(walk.behind_lsn)
         elif walk.stop == lib.MW_WALK_END or self._at >= segment.record.next_base_lsn:
             self._at = segment.record.next_base_lsn
-        return []
+        return None
 
     def _enter(self, table: SegmentTable, row: int) -> None:
         """In a new generation of the segment, a gap may stand for what is before and behind the place."""
@@ -241,24 +245,20 @@ class Follower:
                 "capacity": segment.record.capacity, "limit_lsn": limit, "from_op": self._from_op,
                 "watermark": superblock.watermark, "removals": self._rows[1],
                 "removal_count": len(superblock.removals), "salt": segment.salt, "lsn": self._at,
+                "segment": row,
             },
         )  # fmt: skip
 
-    def _given(self, view: memoryview, count: int) -> list[Entry]:
-        out = self._room
+    def _given(self, chunk: Gathered) -> Iterator[Entry]:
+        out, count = chunk.out, chunk.rows
         ops = out.op[:count].tolist()
-        self._highest_op = max([self._highest_op, *ops])
+        self._highest_op = max(self._highest_op, *ops)
         if self._written:
             self._unproven.extend(zip(out.lsn[:count].tolist(), ops, strict=True))
-        rows = zip(
-            ops, out.start[:count].tolist(), out.end[:count].tolist(), out.kind[:count].tolist(),
-            out.timestamp_ns[:count].tolist(), strict=True,
-        )  # fmt: skip
-        return [Entry(op, view[start:end], kind, timestamp) for op, start, end, kind, timestamp in rows]
-
-    def _gap_bytes(self, view: memoryview, base_lsn: int) -> int:
-        at = fmt.PAGE_BYTES + self._at - base_lsn
-        return int.from_bytes(view[at + 40 : at + 44], "little")
+        self._chunk = chunk
+        payloads = next(self._payloads)
+        kinds, timestamps = out.kind[:count].tolist(), out.timestamp_ns[:count].tolist()
+        return map(make_entry, zip(ops, payloads, kinds, timestamps, strict=True))
 
     def _pass_lost(self, table: SegmentTable, limit: int) -> None:
         """The segment is gone, or its successor is not named yet by the superblock that was looked at."""
@@ -300,9 +300,9 @@ class Following:
         deadline = None
         while True:
             entries = follower.take()
-            if entries:
-                self._rest = iter(entries)
-                yield self._rest
+            if entries is not None:
+                self._rest = entries
+                yield entries
                 deadline = None
             elif timeout is None:
                 follower.bell.wait(LOOK_S)

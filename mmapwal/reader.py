@@ -21,7 +21,7 @@ from mmapwal.errors import CorruptionError, MissingOpError, PoisonedError
 from mmapwal.opening import Durability
 from mmapwal.segment import SegmentSet, SegmentTable
 
-__all__ = ["DrainedEntries", "Entry", "Reader"]
+__all__ = ["DrainedEntries", "Entry", "Reader", "make_entry", "slices_of"]
 
 PAYLOAD_ROWS = 2048
 ENTRY_ROWS = 512  # before the garbage collector notices
@@ -41,7 +41,7 @@ class Entry(NamedTuple):
     timestamp: int
 
 
-_entry = partial(tuple.__new__, Entry)
+make_entry = partial(tuple.__new__, Entry)
 _slice: Any = getitem  # a fifth faster than view.__getitem__
 
 
@@ -307,7 +307,7 @@ class Reader:
 
     def payloads(self, first: int | None, last: int | None) -> Iterator[memoryview]:
         # A generator would cost each payload a tenth; chained, only each chunk.
-        return chain.from_iterable(_slices(self.chunks(first, last, verify=True, rows=PAYLOAD_ROWS)))
+        return chain.from_iterable(slices_of(self.chunks(first, last, verify=True, rows=PAYLOAD_ROWS)))
 
     def entries(self, first: int | None, last: int | None) -> Iterator[Entry]:
         return chain.from_iterable(self._entries(first, last))
@@ -315,13 +315,13 @@ class Reader:
     def _entries(self, first: int | None, last: int | None) -> Iterator[Iterator[Entry]]:
         chunks = self.chunks(first, last, verify=True, rows=ENTRY_ROWS)
         current: list[Gathered] = []
-        for payloads in _slices(_noting(chunks, current)):
+        for payloads in slices_of(_noting(chunks, current)):
             out, count = current[0].out, current[0].rows
             rows = zip(
                 out.op[:count].tolist(), payloads, out.kind[:count].tolist(),
                 out.timestamp_ns[:count].tolist(), strict=True,
             )  # fmt: skip
-            yield map(_entry, rows)
+            yield map(make_entry, rows)
 
     def headers(self, first: int | None, last: int | None, *, copy: bool | None) -> npt.NDArray[Any]:
         if copy is not True:
@@ -362,7 +362,7 @@ def _noting(chunks: Iterable[Gathered], current: list[Gathered]) -> Iterator[Gat
         yield chunk
 
 
-def _slices(chunks: Iterable[Gathered]) -> Iterator[Iterator[memoryview]]:
+def slices_of(chunks: Iterable[Gathered]) -> Iterator[Iterator[memoryview]]:
     """The payloads of each chunk. Where they are evenly spaced the slices are made once for all chunks."""
     made: list[slice] = []
     spacing = (0, 0)

@@ -314,11 +314,14 @@ struct mw_walk {
     uint64_t slot_count;
     uint32_t removal_count;
     uint32_t salt;
+    uint32_t segment;           /* for the rows */
     int past_gaps;              /* GAP frames are passed by too */
     /* in and out */
     uint64_t lsn;
     /* out */
     uint64_t op;                /* of the frame that it stopped at, when its header can be believed; or 0 */
+    uint64_t behind_lsn;        /* MW_WALK_GAP: of the next frame */
+    uint64_t stride;            /* all rows are of one length, and so far apart; or 0 */
     int stop;
     int failed;                 /* MW_E_CORRUPT or a negative errno; what comes before it counts all the same */
 };

@@ -100,14 +100,16 @@ struct walk {
     volatile uint64_t count;
 };
 
-static void put(const struct mw_walk *s, struct mw_columns *out, uint64_t row, const struct mw_frame *f) {
+static void put(struct mw_walk *s, struct mw_columns *out, uint64_t row, const struct mw_frame *f) {
     uint64_t start = MW_PAGE_BYTES + (s->lsn - s->base_lsn) + MW_FRAME_BYTES;
+    if (row == 0) s->stride = mw_frame_bytes(f->length);
+    else if (start - out->start[row - 1] != s->stride || f->length != out->end[0] - out->start[0]) s->stride = 0;
     out->op[row] = f->op;
     out->start[row] = start;
     out->end[row] = start + f->length;
     out->lsn[row] = s->lsn;
     out->timestamp_ns[row] = f->timestamp_ns;
-    out->segment[row] = 0;
+    out->segment[row] = s->segment;
     out->checksum[row] = f->payload_crc;
     out->kind[row] = f->kind;
 }
@@ -122,6 +124,7 @@ static int walk(void *arg) {
     struct mw_walk *s = w->walk;
     uint64_t end = s->base_lsn + s->capacity;
     s->stop = MW_WALK_LIMIT;
+    s->stride = 0;
     while (s->lsn < s->limit_lsn && s->lsn < end) {
         const uint8_t *at = s->frames + (s->lsn - s->base_lsn);
         struct mw_frame f;
@@ -138,6 +141,7 @@ static int walk(void *arg) {
         if (stale && s->slots == NULL) s->stop = MW_WALK_STALE;
         if (wanted && s->slots == NULL && w->count == w->max) s->stop = MW_WALK_FULL;
         if (f.type == MW_GAP && !s->past_gaps) s->stop = MW_WALK_GAP;
+        s->behind_lsn = s->lsn + bytes;
         if (f.type == MW_END) s->stop = MW_WALK_END;
         if (s->stop != MW_WALK_LIMIT) return 0;
         if (wanted) {

@@ -36,7 +36,7 @@ def fill(journal: Journal, count: int, tag: bytes = b"entry") -> None:
 
 
 def all_of(follower: following.Follower) -> list[int]:
-    return [e.op for entries in iter(follower.take, []) for e in entries]
+    return [e.op for entries in iter(follower.take, None) for e in entries]
 
 
 def ops(entries: Any) -> list[int]:
