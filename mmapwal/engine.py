@@ -28,6 +28,7 @@ from mmapwal.errors import (
     StaleOpError,
 )
 from mmapwal.opening import Durability, Opening, Options, check_empty
+from mmapwal.page import ProgressPage
 from mmapwal.preparing import NO_SPACE, Preparer
 from mmapwal.recovery import Scanned
 from mmapwal.segment import SegmentTable
@@ -213,8 +214,8 @@ class Engine:
     def look_again(self, table: SegmentTable) -> bool:
         return self.segments.table is not table
 
-    def follow_page(self) -> tuple[Any, Any, bool]:
-        return self.index.page, self.index, True
+    def follow_page(self) -> ProgressPage | None:
+        return self.index.published
 
     def published(self) -> tuple[int, int]:
         return self.index.progress()

@@ -6,7 +6,6 @@ progress alone. Whoever has nothing to read sleeps on a word of the index page, 
 
 from __future__ import annotations
 
-import errno
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from mmapwal._native import ffi, lib
 from mmapwal.columns import Gathered, Room
 from mmapwal.errors import CorruptionError, StaleOpError, TruncatedError
 from mmapwal.observer import LOOK_S
+from mmapwal.page import ProgressPage
 from mmapwal.reader import Entry, make_entry, slices_of
 from mmapwal.recovery import removal_rows
 from mmapwal.segment import SegmentSet, SegmentTable
@@ -43,8 +43,8 @@ class Followed(Protocol):
     def look_again(self, table: SegmentTable) -> bool:
         """A segment of that table is not where it was: whether there is another table now."""
 
-    def follow_page(self) -> tuple[Any, Any, bool]:
-        """(struct mw_index_header or None, what keeps it, whether it can be stored to)."""
+    def follow_page(self) -> ProgressPage | None:
+        """None: not there yet."""
 
     def published(self) -> tuple[int, int]:
         """(written, durable) LSN."""
@@ -58,35 +58,31 @@ class Bell:
 
     def __init__(self, engine: Followed) -> None:
         self._engine = engine
-        self._word = ffi.new("uint32_t *")
+        self._word = 0
         self._stopped = False
 
     def listen(self) -> None:
         """Before a look at what is published: wait() ends when more is, from here on. OSError."""
-        page, _, _ = self._engine.follow_page()
+        page = self._engine.follow_page()
         if page is not None:
-            _check(lib.mw_follow_word(page, self._word))
+            self._word = page.word()
 
     def wait(self, timeout_s: float) -> None:
         """Blocks until something may have come, at most so long. A signal ends it. OSError."""
-        page, keep, writable = self._engine.follow_page()
+        page = self._engine.follow_page()
         if self._stopped:
             return
         if page is None:
             time.sleep(min(timeout_s, NOBODY_S))
-            return
-        timeout_ns = int(min(timeout_s, LOOK_S if writable else POLL_S) * 1e9)
-        rc = lib.mw_follow_wait(page, self._word[0], max(timeout_ns, 1), writable)
-        del keep
-        if rc != -errno.ETIMEDOUT:
-            _check(rc)
+        else:
+            page.wait(self._word, min(timeout_s, LOOK_S if page.writable else POLL_S))
 
     def stop(self) -> None:
         """Ends wait() in another thread, now and for ever."""
         self._stopped = True
-        page, _, _ = self._engine.follow_page()
+        page = self._engine.follow_page()
         if page is not None:
-            lib.mw_follow_stir(page)
+            page.stir()
 
 
 class Follower:
@@ -312,8 +308,3 @@ class Following:
                 if now >= deadline:
                     return
                 follower.bell.wait(deadline - now)
-
-
-def _check(rc: int) -> None:
-    if rc < 0:
-        raise OSError(-rc, "reading the index failed", fmt.INDEX_NAME)

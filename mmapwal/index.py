@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from mmapwal import format as fmt
 from mmapwal._native import ffi, lib
+from mmapwal.page import ProgressPage
 from mmapwal.storage import Directory, Storage
 
 __all__ = ["SlotIndex"]
@@ -38,15 +39,6 @@ def _is_page_of(uuid: bytes, slot_count: int, page: bytes | memoryview) -> bool:
     return bytes(page[:checked]) == _header(uuid, slot_count)[:checked]
 
 
-def progress_on(page: Any) -> tuple[int, int]:
-    out = ffi.new("struct mw_progress *")
-    rc = lib.mw_progress_read(page, out)
-    if rc == lib.MW_E_MISSING:
-        return 0, 0
-    _check(rc)
-    return int(out.written_lsn), int(out.durable_lsn)
-
-
 def _check(rc: int) -> int:
     if rc < 0:
         raise OSError(-rc, "reading or storing the index failed", fmt.INDEX_NAME)
@@ -61,8 +53,9 @@ class SlotIndex:
         self.fresh = fresh
         self._storage = storage
         whole = storage.shared()
+        self.published = ProgressPage(whole, writable=True)
         # Bare addresses, as in Segment.view; `memory` keeps the bytes where they are.
-        self.page = ffi.cast("struct mw_index_header *", ffi.from_buffer(whole))
+        self.page = self.published.native
         self.slots = ffi.cast("struct mw_slot *", ffi.cast("uint8_t *", self.page) + fmt.PAGE_BYTES)
         self.memory = whole[fmt.PAGE_BYTES :].toreadonly()
         # A field of every slot, each loaded at once, for what Python reads one by one.
@@ -107,7 +100,7 @@ class SlotIndex:
 
     def progress(self) -> tuple[int, int]:
         """(written, durable) LSN that the page publishes; zeros when it does not verify."""
-        return progress_on(self.page)
+        return self.published.progress()
 
     def crc(self) -> int:
         """CRC32C of all slots."""
@@ -186,30 +179,33 @@ def published_progress(directory: Directory, uuid: bytes, slot_count: int) -> tu
         storage.close()
     if len(page) < fmt.PAGE_BYTES or not _is_page_of(uuid, slot_count, page):
         return 0, 0
-    return progress_on(ffi.cast("struct mw_index_header *", ffi.from_buffer(page)))
+    return ProgressPage(page, writable=False).progress()
 
 
-def published_page(directory: Directory, uuid: bytes, slot_count: int) -> tuple[Any, Any, bool]:
-    """(page, what keeps it, whether it can be stored to) of the index that is there; (None, None, False) when
-    none of this journal is. Who may not write gets it to read."""
+def published_page(directory: Directory, uuid: bytes, slot_count: int) -> ProgressPage | None:
+    """Of the index that is there, also one that another process has open; None when none is, or not of this
+    journal. Who may not store to it gets it to be read. OSError."""
     try:
-        try:
-            storage, writable = directory.open(fmt.INDEX_NAME, writable=True), True
-        except (PermissionError, OSError) as e:
-            if e.errno not in {errno.EACCES, errno.EPERM, errno.EROFS}:
-                raise
-            storage, writable = directory.open(fmt.INDEX_NAME), False
+        storage, writable = _open_shared(directory)
     except FileNotFoundError:
-        return None, None, False
+        return None
     try:
         if len(storage) != fmt.PAGE_BYTES + slot_count * fmt.SLOT_BYTES:
-            return None, None, False
+            return None
         if not _is_page_of(uuid, slot_count, storage.read_at(0, fmt.INDEX_PROGRESS_OFFSET)):
-            return None, None, False
-        memory = storage.shared() if writable else storage.view()
-        return ffi.cast("struct mw_index_header *", ffi.from_buffer(memory)), memory, writable
+            return None
+        return ProgressPage(storage.shared() if writable else storage.view(), writable=writable)
     finally:
         storage.close()
+
+
+def _open_shared(directory: Directory) -> tuple[Storage, bool]:
+    try:
+        return directory.open(fmt.INDEX_NAME, writable=True), True
+    except OSError as e:
+        if e.errno not in {errno.EACCES, errno.EPERM, errno.EROFS}:
+            raise
+        return directory.open(fmt.INDEX_NAME), False
 
 
 def rebuilt_slots(slot_count: int) -> npt.NDArray[Any]:

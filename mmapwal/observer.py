@@ -19,8 +19,9 @@ from mmapwal import format as fmt
 from mmapwal._native import ffi, lib
 from mmapwal.engine import Engine, Options
 from mmapwal.errors import ClosedError, CorruptionError, JournalError, ReadonlyError
-from mmapwal.index import SlotIndex, progress_on, published_page
+from mmapwal.index import SlotIndex, published_page
 from mmapwal.opening import check_sizes
+from mmapwal.page import ProgressPage
 from mmapwal.reader import Reader
 from mmapwal.recovery import RecoveryReport, removal_rows
 from mmapwal.segment import Segment, SegmentSet, SegmentTable
@@ -50,16 +51,14 @@ class Observer(Engine):
         self.sync_method = SyncMethod.FDATASYNC
         self.segments = SegmentSet(directory, _NOBODY.uuid, ())
         self._superblock = _NOBODY
-        self._page: Any = None
-        self._page_keeps: Any = None
-        self._page_writable = False
+        self._page: ProgressPage | None = None
         self._page_at = float("-inf")
         self._limit = 0
         self._slots_at = 0  # below it, the slots have what the frames say
         self._slots_of = _NOBODY  # the superblock as of which
         self._word: int | None = None
-        self.index = _private_index(1)
-        self.writer = _closed_writer(self.index)
+        self.index = self._blank = _private_index(1)
+        self.writer = _closed_writer(self._blank)
         if not self.look() and not options.create:
             raise FileNotFoundError(errno.ENOENT, "no journal here", str(directory))
 
@@ -73,17 +72,14 @@ class Observer(Engine):
         """Whether there is a journal; takes over the superblock in force and the index page."""
         if self.closed:
             raise ClosedError("the journal is closed")
-        now = time.monotonic()
-        if self._page is None or now - self._page_at > LOOK_S:
+        page, now = self._page, time.monotonic()
+        if page is None or now - self._page_at > LOOK_S:
             with self.structure:
                 self._page_at = now
                 self._read_superblock()
                 self._open_page()
-        else:
-            sequence = ffi.new("uint64_t *")
-            _check(lib.mw_follow_sequence(self._page, sequence))
-            if sequence[0] > self._superblock.sequence:
-                self._read_superblock()
+        elif page.superblock_sequence() > self._superblock.sequence:
+            self._read_superblock()
         return self._superblock is not _NOBODY
 
     def look_again(self, table: SegmentTable) -> bool:
@@ -113,15 +109,16 @@ class Observer(Engine):
     def _open_page(self) -> None:
         """The index may be another file by now."""
         if self._superblock is not _NOBODY:
-            found = published_page(self.directory, self._superblock.uuid, self._superblock.slot_count)
-            self._page, self._page_keeps, self._page_writable = found
+            superblock = self._superblock
+            self._page = published_page(self.directory, superblock.uuid, superblock.slot_count)
 
-    def follow_page(self) -> tuple[Any, Any, bool]:
-        return self._page, self._page_keeps, self._page_writable
+    def follow_page(self) -> ProgressPage | None:
+        return self._page
 
     def published(self) -> tuple[int, int]:
         """What the page says, or the superblock where that knows more: nobody may be writing."""
-        written, durable = (0, 0) if self._page is None else progress_on(self._page)
+        page = self._page
+        written, durable = (0, 0) if page is None else page.progress()
         superblock = self._superblock
         if superblock is not _NOBODY:
             proven = max(superblock.epoch_start_lsn, *(r.end_lsn for r in superblock.segments), 0)
@@ -159,11 +156,10 @@ class Observer(Engine):
             self._word = word
 
     def _published_word(self) -> int | None:
-        if self._page is None or time.monotonic() - self._page_at > LOOK_S:
+        page = self._page
+        if page is None or time.monotonic() - self._page_at > LOOK_S:
             return None
-        word = ffi.new("uint32_t *")
-        _check(lib.mw_follow_word(self._page, word))
-        return int(word[0])
+        return page.word()
 
     def _catch_up(self, table: SegmentTable, limit: int) -> None:
         superblock, before = self._superblock, self._slots_of
@@ -260,8 +256,9 @@ class Observer(Engine):
         if self.closed:
             return
         self.closed = True
-        if self._page is not None:
-            lib.mw_follow_stir(self._page)
+        page = self._page
+        if page is not None:
+            page.stir()
         self.directory.close()
 
     def abandon(self) -> None:

@@ -20,16 +20,6 @@ void mw_followers_wake(struct mw_index_header *page) {
     syscall(SYS_futex, &page->wake, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
 }
 
-static int notify(void *arg) {
-    struct mw_index_header *page = arg;
-    __atomic_add_fetch(&page->wake, 1, __ATOMIC_RELEASE);
-    mw_followers_wake(page);
-    return 0;
-}
-
-/* Of a page that no writer publishes on: whoever sleeps on it shall look where it is now. */
-int mw_follow_notify(struct mw_index_header *page) { return mw_guarded(notify, page); }
-
 /* The followers of this mapping, and of others of the file, look around; nothing was published. */
 void mw_follow_stir(struct mw_index_header *page) {
     syscall(SYS_futex, &page->wake, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);

@@ -275,9 +275,7 @@ void mw_writer_poison(struct mw_writer *w, int error) {
 void mw_writer_close(struct mw_writer *w) {
     if (w->forked) return;
     pthread_mutex_lock(&w->mutex);
-    bool first = !w->closed;
     w->closed = true;
-    if (first && mw_guard_arm() == 0) (void)publish_progress(w); /* nothing new: followers shall see it */
     while (w->leading || w->flight->waiters != NULL || w->open->waiters != NULL)
         pthread_cond_wait(&w->idle, &w->mutex);
     pthread_cond_broadcast(&w->wanted);

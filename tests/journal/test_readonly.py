@@ -25,6 +25,7 @@ from mmapwal import (
     ReadonlyError,
     StaleOpError,
     SystemDirectory,
+    compaction,
 )
 from mmapwal.observer import Observer
 
@@ -184,6 +185,50 @@ def test_a_journal_that_nobody_writes_is_read_as_it_was_left(
         (path / "index").unlink()  # derived: who reads does without
         with Journal(path, readonly=True) as reader:
             assert ops(reader) == ops(reader.follow(timeout=0)) == list(range(1, 201))
+
+
+def test_what_was_drained_is_gone_for_a_reader_who_looks_when_nothing_tells_of_it_any_more(
+    path: Path,
+) -> None:
+    """All segments that had it are gone, so the removal is no longer noted either."""
+    with Journal(path, **SMALL) as journal, Journal(path, readonly=True) as reader:
+        for op in range(1, 41):
+            journal.append(b"%d" % op * 20)
+        assert len(reader) == 40
+        kept = [*range(1, 10), *range(21, 41)]
+        journal.drain(10, 20)
+        for op in kept:
+            journal.append(b"again", op=op, replace=True)
+        journal._engine.rotate()
+        for op in kept:
+            journal.append(b"once more", op=op, replace=True)
+        journal.compact(wait=True)
+        assert journal.stats().removals == 0
+        assert ops(reader) == kept
+        assert 15 not in reader
+        assert bytes(reader.read(9)) == b"once more"
+
+
+def test_an_entry_that_is_replaced_while_its_segment_is_rewritten_stays_the_new_one_for_a_reader(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Journal(path, **SMALL) as journal, Journal(path, readonly=True) as reader:
+        for op in range(1, 100):
+            journal.append(b"old %d " % op * 40)
+        journal.drain(3, 60)  # mostly dead
+        true_commit = compaction._commit
+
+        def replaced_meanwhile(*args: Any) -> None:
+            journal.append(b"new", op=2, replace=True)
+            assert bytes(reader.read(2)) == b"new"
+            true_commit(*args)
+
+        monkeypatch.setattr(compaction, "_commit", replaced_meanwhile)
+        journal.compact(wait=True)
+        first = journal._engine.superblock.segments[0]
+        assert (first.id, first.generation) == (1, 1)
+        assert bytes(reader.read(2)) == b"new"
+        assert len(reader) == len(journal)
 
 
 # --- following across the writer's lives --------------------------------------------------------------

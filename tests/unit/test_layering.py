@@ -21,7 +21,7 @@ LAYERS = [
     {"_native"},
     {"errors", "format"},
     {"storage", "extras", "injected"},
-    {"segment", "index", "superblock", "columns", "disposal"},
+    {"segment", "index", "page", "superblock", "columns", "disposal"},
     {
         "engine",
         "preparing",
