@@ -25,8 +25,10 @@ from mmapwal import (
     ReadonlyError,
     StaleOpError,
     SystemDirectory,
+    TruncatedError,
     compaction,
 )
+from mmapwal import format as fmt
 from mmapwal.observer import Observer
 
 SMALL: dict[str, Any] = {"slots": 256, "segment_bytes": 16384}
@@ -37,7 +39,7 @@ WRITER = textwrap.dedent(
     from mmapwal import Journal
 
     # Commands come as lines; what they gave goes back as one.
-    journal = Journal(sys.argv[1], slots=256, segment_bytes=16384)
+    journal = Journal(sys.argv[1], slots=256, segment_bytes=16384, durability=sys.argv[2])
     print("open", flush=True)
     for line in sys.stdin:
         print(eval(line, {"journal": journal}), flush=True)
@@ -49,9 +51,9 @@ WRITER = textwrap.dedent(
 class Writer:
     """A journal in another process."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, durability: str) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", WRITER, str(path)],
+            [sys.executable, "-W", "error", "-c", WRITER, str(path), durability],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         assert self._line() == "open"
@@ -86,8 +88,8 @@ class Writer:
 def start(tmp_path: Path) -> Iterator[Callable[[], Writer]]:
     writers: list[Writer] = []
 
-    def start_one() -> Writer:
-        writers.append(Writer(tmp_path / "j"))
+    def start_one(durability: str = "sync") -> Writer:
+        writers.append(Writer(tmp_path / "j", durability))
         return writers[-1]
 
     yield start_one
@@ -262,6 +264,32 @@ def test_a_follower_goes_on_when_the_writer_dies_and_comes_back(
             writer = start()
         assert all_came.wait(30)
         assert got == list(range(1, 161))
+
+
+@pytest.mark.parametrize("lives", [1, 2])
+def test_what_was_followed_when_written_and_is_lost_is_told_and_what_takes_its_place_comes(
+    start: Callable[..., Writer], path: Path, lives: int
+) -> None:
+    writer = start("os")
+    writer.append(3)
+    writer.do("sync()")
+    with Journal(path, readonly=True) as reader:
+        entries = reader.follow(timeout=0, written=True)
+        writer.append(4)
+        assert ops(entries) == list(range(1, 8))
+        assert ops(reader) == [1, 2, 3]
+        writer.kill()
+        with next(path.glob("segment-*-00000000")).open("r+b") as f:  # the cache is lost
+            f.seek(fmt.PAGE_BYTES + reader.durable_lsn - fmt.FIRST_LSN)
+            f.write(bytes(4096))
+        for _ in range(lives):
+            writer = start("os")
+            writer.append(1)
+            writer.close()
+        with pytest.raises(TruncatedError) as e:
+            list(entries)
+        assert e.value.op == 4
+        assert ops(entries) == [4, 5][:lives]
 
 
 def test_a_follower_waits_for_a_writer_that_is_not_there_yet(start: Callable[[], Writer], path: Path) -> None:
