@@ -339,27 +339,28 @@ _locked_guard = threading.Lock()
 
 
 class SystemDirectory:
-    """A directory of the file system, held by a descriptor, so that a change of the working
-    directory or a rename of a parent does not matter. Made with mode 0700 if missing and `create`.
+    """A directory of the file system, held by a descriptor, so that a change of the working directory or a
+    rename of a parent does not matter. Made if missing and `create`. The modes are of what is made, less the
+    umask: for the owner alone, unless you say otherwise. A link in the place of a file is an error; so is one
+    in the place of the directory, unless `follow_links`.
     """
 
     concurrent = True
 
     def __init__(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        create: bool = True,
+        self, path: str | os.PathLike[str], *, create: bool = True,
         storage: type[MappedStorage] | type[FileStorage] = MappedStorage,
-    ) -> None:
+        file_mode: int = 0o600, directory_mode: int = 0o700, follow_links: bool = True,
+    ) -> None:  # fmt: skip
         self.path = Path(path).absolute()
-        self._storage = storage
+        self._storage, self._file_mode, self._directory_mode = storage, file_mode, directory_mode
         self._fd = -1
         self._lock_fd = -1
         self._lock_key: tuple[int, int] | None = None
         if create:
-            self.path.mkdir(mode=0o700, exist_ok=True)
-        self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            self.path.mkdir(mode=directory_mode, exist_ok=True)
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+        self._fd = os.open(self.path, flags if follow_links else flags | os.O_NOFOLLOW)
 
     def __str__(self) -> str:
         return str(self.path)
@@ -371,11 +372,14 @@ class SystemDirectory:
         self.close()
 
     def _open(self, name: str, flags: int, method: SyncMethod) -> Storage:
-        fd = _check(lib.mw_open(self._fd, os.fsencode(name), flags, 0o600), str(self.path / name))
+        fd = self._descriptor(name, flags)
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
             raise OSError(errno.EINVAL, "not a regular file", str(self.path / name))
         return self._storage(fd, str(self.path / name), method, path=self.path / name)
+
+    def _descriptor(self, name: str, flags: int) -> int:
+        return _check(lib.mw_open(self._fd, os.fsencode(name), flags, self._file_mode), str(self.path / name))
 
     def create(self, name: str) -> Storage:
         with contextlib.suppress(FileNotFoundError):
@@ -387,9 +391,8 @@ class SystemDirectory:
     def open(
         self, name: str, *, writable: bool = False, sync_method: SyncMethod = SyncMethod.FDATASYNC
     ) -> Storage:
-        if writable:
-            return self._open(name, os.O_RDWR, sync_method)
-        return self._open(name, os.O_RDONLY, SyncMethod.FDATASYNC)
+        flags = os.O_RDWR if writable else os.O_RDONLY
+        return self._open(name, flags, sync_method if writable else SyncMethod.FDATASYNC)
 
     def names(self) -> list[str]:
         return sorted(os.listdir(self._fd))  # noqa: PTH208  # of the descriptor, not the path
@@ -415,14 +418,13 @@ class SystemDirectory:
             os.close(fd)
 
     def subdirectory(self, name: str) -> SystemDirectory:
-        return SystemDirectory(self.path / name, storage=self._storage)
+        modes: Any = {"file_mode": self._file_mode, "directory_mode": self._directory_mode}
+        return SystemDirectory(self.path / name, storage=self._storage, follow_links=False, **modes)
 
     def lock(self, name: str) -> None:
         """flock on the file, and a list of what this process has, for file systems that mimic flock
         by locks that a process does not have against itself."""
-        fd = _check(
-            lib.mw_open(self._fd, os.fsencode(name), os.O_RDWR | os.O_CREAT, 0o600), str(self.path / name)
-        )
+        fd = self._descriptor(name, os.O_RDWR | os.O_CREAT)
         info = os.fstat(fd)
         key = (info.st_dev, info.st_ino)
         try:

@@ -25,7 +25,7 @@
 
 int mw_open(int dir_fd, const char *name, int flags, int mode) {
     int fd;
-    do fd = openat(dir_fd, name, flags | O_CLOEXEC | O_NOFOLLOW, mode);
+    do fd = openat(dir_fd, name, flags | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK, mode); /* a pipe waits for nobody */
     while (fd < 0 && errno == EINTR);
     return fd < 0 ? -errno : fd;
 }
