@@ -71,7 +71,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     effort = parser.getgroup("effort", "how much to try: the defaults are for every day")
     effort.addoption("--crash-states", type=int, default=200, help="crash states to check for each scenario")
     effort.addoption("--power-cycles", type=int, default=20, help="cuts of the power for each combination")
+    effort.addoption("--soak-seconds", type=float, default=4, help="how long to try what goes on and on")
     effort.addoption("--fuzz-inputs", type=int, default=200, help="inputs, or random lives, for each fuzzer")
+
+
+@pytest.fixture
+def soak_seconds(request: pytest.FixtureRequest) -> float:
+    """How long a test that goes on and on shall do so."""
+    return float(request.config.getoption("--soak-seconds"))
 
 
 @pytest.fixture
