@@ -33,6 +33,7 @@ READING = (
         Method.EXPLORER,
         Failure.REFUSED,
         explored("creates_and_appends"),
+        crash_states=800,
     ),
     Mutant(
         "header not checked",

@@ -231,8 +231,8 @@ ORDER = (
         (
             Patch(
                 "mmapwal/removal.py",
-                "        return _commit_removal(engine, Removal(op, fmt.OP_MAX, int(state.durable_lsn)))",
-                "        return _commit_removal(engine, Removal(op, fmt.OP_MAX, int(state.durable_lsn) + 4096))",
+                "        return _commit_removal(engine, Removal(op, fmt.OP_MAX, int(state.durable_lsn)), cut=True)",
+                "        return _commit_removal(engine, Removal(op, fmt.OP_MAX, int(state.durable_lsn) + 4096), cut=True)",
             ),
         ),
         Method.EXPLORER,
