@@ -12,6 +12,7 @@ import numpy as np
 from mmapwal._native import lib
 
 FORMAT_VERSION = 1
+ALIGN_BYTES = 8  # of frames
 PAGE_BYTES = 4096
 FRAME_BYTES = 56
 SLOT_BYTES = 32

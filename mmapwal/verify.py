@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mmapwal import format as fmt
@@ -12,25 +12,36 @@ from mmapwal._native import ffi, lib
 from mmapwal.engine import Engine
 from mmapwal.errors import CorruptionError, JournalError
 from mmapwal.index import SlotIndex, rebuilt_slots
-from mmapwal.recovery import REFUSED, STOP_REASONS, Scanned, decide, refuse, removal_rows, scan_journal
+from mmapwal.recovery import REFUSED, STOP_REASONS, RecoveryRow, decide, refuse, removal_rows, scan_journal
 from mmapwal.segment import Segment, SegmentTable, native_scan, scan_fields
 from mmapwal.storage import Directory, SystemDirectory
 from mmapwal.superblock import Superblock, read_superblock
 
-__all__ = ["Problem", "VerifyReport", "inspect", "scan_segment", "stop_problem", "verify_open"]
+__all__ = [
+    "Damages",
+    "Problem",
+    "VerifyReport",
+    "damages",
+    "inspect",
+    "scan_segment",
+    "stop_problem",
+    "verify_open",
+]
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong, and where: file, byte in it, LSN, op where it is known."""
+    """One thing that is wrong, and where: file, byte in it, LSN, op where it is known; how many bytes, up to
+    the next good frame, where that can be said."""
 
     segment: str
     offset: int
     lsn: int
     op: int | None
     reason: str
+    length: int = 0
 
     def __str__(self) -> str:
         op = f", op {self.op}" if self.op is not None else ""
@@ -99,9 +110,12 @@ def _inspect(directory: Directory, superblock: Superblock, progress: Progress | 
         durable = index.progress()[1] if index is not None else 0
         found = scan_journal(table, superblock, durable, progress)
         row = decide(found.finding)
-        if row in REFUSED and not problems:
+        if row in REFUSED or problems:
+            for segment in sound:
+                limit = min(found.proven_lsn, segment.record.end_lsn or segment.record.next_base_lsn)
+                problems += damages(segment, superblock, limit_lsn=limit).problems
+        if row in REFUSED and (row is not RecoveryRow.LOST or not problems):
             problems.append(_problem(refuse(row, found, table)))
-        problems += _later_problems(table, superblock, found)
         seal = superblock.seal
         if seal is not None and not problems and index is not None and index.crc() == seal.index_crc:
             problems += _index_problems(index.copy(), found.slots[0], seal.lsn, seal.lsn)
@@ -112,17 +126,39 @@ def _inspect(directory: Directory, superblock: Superblock, progress: Progress | 
     return VerifyReport(found.frames, found.entries, found.scanned_bytes, tuple(problems))
 
 
-def _later_problems(table: SegmentTable, superblock: Superblock, found: Scanned) -> list[Problem]:
-    """The scan ends at the first bad frame; the sealed segments behind it are checked by themselves."""
-    problems = []
-    for segment in table.segments:
-        record = segment.record
-        if record.base_lsn <= found.stop_lsn or not record.end_lsn:
-            continue
-        scan = scan_segment(segment, superblock, limit_lsn=record.end_lsn)
-        if scan.lsn < record.end_lsn:
-            problems.append(stop_problem(segment, scan))
-    return problems
+@dataclass(slots=True)
+class Damages:
+    """What is wrong in a segment, and what was checked."""
+
+    problems: list[Problem]
+    frames: int = 0
+    entries: int = 0
+    scanned_bytes: int = 0
+
+
+def damages(segment: Segment, superblock: Superblock, *, limit_lsn: int, slots: Any = None) -> Damages:
+    """All that is wrong in a segment below a limit, or before its END. Behind each bad frame it goes on at
+    the next good one. Fills `slots` when given. OSError when the disk fails."""
+    record, found = segment.record, Damages([])
+    lsn, link = record.base_lsn, segment.salt
+    while lsn < limit_lsn:
+        scan = scan_segment(segment, superblock, limit_lsn=limit_lsn, slots=slots, lsn=lsn, link=link)
+        found.frames += int(scan.frame_count)
+        found.entries += int(scan.entry_count)
+        found.scanned_bytes += int(scan.lsn) - lsn
+        if scan.stop in {lib.MW_STOP_LIMIT, lib.MW_STOP_END}:
+            break
+        problem = stop_problem(segment, scan)
+        if scan.stop != lib.MW_STOP_LINK:  # then this frame is good, and the one before it is not
+            scan.lsn += fmt.ALIGN_BYTES
+        more = lib.mw_seek(scan)
+        if more < 0:
+            raise OSError(-more, "reading the segment failed", record.name)
+        lsn, link = int(scan.lsn) if more else min(limit_lsn, record.next_base_lsn), int(scan.link)
+        found.problems.append(replace(problem, length=lsn - problem.lsn))
+        if not more:
+            break
+    return found
 
 
 def stop_problem(segment: Segment, scan: Any) -> Problem:
@@ -132,14 +168,19 @@ def stop_problem(segment: Segment, scan: Any) -> Problem:
     return Problem(segment.record.name, offset, int(scan.lsn), int(scan.op) or None, reason)
 
 
-def scan_segment(segment: Segment, superblock: Superblock, *, limit_lsn: int, slots: Any = None) -> Any:
-    """Checks one segment by itself, up to a limit; fills `slots` when given."""
+def scan_segment(
+    segment: Segment, superblock: Superblock, *, limit_lsn: int, slots: Any = None,
+    lsn: int = 0, link: int = 0,
+) -> Any:  # fmt: skip
+    """Checks one segment by itself, up to a limit or the first bad frame; fills `slots` when given. From a
+    frame on, with the link that it has, or from the first."""
     record = segment.record
     rows = removal_rows(superblock)
     scan = scan_fields(
         frames=segment.frames, base_lsn=record.base_lsn, capacity=record.capacity, limit_lsn=limit_lsn,
         epoch=superblock.epoch, epoch_start_lsn=superblock.epoch_start_lsn, salt=segment.salt,
-        link=segment.salt, lsn=record.base_lsn, watermark=superblock.watermark, removals=rows,
+        link=link if lsn else segment.salt, lsn=lsn or record.base_lsn, removals=rows,
+        watermark=superblock.watermark,
         removal_count=len(superblock.removals), slot_count=superblock.slot_count,
         slots=ffi.NULL if slots is None else ffi.cast("struct mw_slot *", ffi.from_buffer(slots)),
     )  # fmt: skip
@@ -185,16 +226,15 @@ def verify_open(engine: Engine, progress: Progress | None = None) -> VerifyRepor
         if segment.record.base_lsn >= state.durable_lsn:
             continue
         try:
-            scan = scan_segment(segment, superblock, limit_lsn=int(state.durable_lsn), slots=slots)
+            found = damages(segment, superblock, limit_lsn=int(state.durable_lsn), slots=slots)
         except CorruptionError:
             if segment in engine.segments.table.segments:
                 raise
             continue  # compacted away before it was mapped
-        frames += int(scan.frame_count)
-        entries += int(scan.entry_count)
-        scanned += int(scan.lsn) - segment.record.base_lsn
-        if scan.stop not in {lib.MW_STOP_LIMIT, lib.MW_STOP_END}:
-            problems.append(stop_problem(segment, scan))
+        frames += found.frames
+        entries += found.entries
+        scanned += found.scanned_bytes
+        problems += found.problems
         done += segment.record.capacity
         if progress is not None:
             progress(done, total)

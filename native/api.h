@@ -219,6 +219,7 @@ struct mw_scan {
 int mw_scan(struct mw_scan *scan);
 /* Good frames from scan->lsn on, at any place: raises scan->durable_lsn, counts them. */
 int mw_hunt(struct mw_scan *scan);
+int mw_seek(struct mw_scan *scan);
 
 struct mw_run {                 /* neighbouring frames of a segment, all kept or all dead */
     uint64_t from_lsn;

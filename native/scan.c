@@ -214,6 +214,26 @@ int mw_hunt(struct mw_scan *s) {
     return mw_guarded(hunt, s);
 }
 
+static int seek(void *arg) {
+    struct mw_scan *s = arg;
+    uint64_t end = end_lsn(s);
+    for (; s->lsn + MW_FRAME_BYTES <= end; s->lsn += MW_ALIGN) {
+        struct mw_frame f;
+        memcpy(&f, s->frames + (s->lsn - s->base_lsn), sizeof f);
+        if (f.lsn != s->lsn || check_header(s, &f, s->lsn, mw_frame_crc(&f, s->salt)) != 0) continue;
+        s->link = f.link;
+        return 1;
+    }
+    return 0;
+}
+
+/* The next good frame from scan->lsn on, at any place below the limit: 1, and scan->lsn and scan->link are what a
+ * scan goes on with there. 0: none. */
+int mw_seek(struct mw_scan *s) {
+    if (s->lsn < s->base_lsn || s->lsn % MW_ALIGN != s->base_lsn % MW_ALIGN) return -EINVAL;
+    return mw_guarded(seek, s);
+}
+
 struct plan {
     const uint8_t *frames;
     uint64_t base_lsn, end_lsn;

@@ -34,7 +34,9 @@ def run(args: argparse.Namespace) -> int:
         return 0 if report.ok else 1
     for problem in report.problems:
         op = "?" if problem.op is None else problem.op
-        output.line(f"{problem.segment} offset {problem.offset} lsn {problem.lsn} op {op}: {problem.reason}")
+        length = f" length {problem.length}" if problem.length else ""
+        where = f"{problem.segment} offset {problem.offset}{length} lsn {problem.lsn} op {op}"
+        output.line(f"{where}: {problem.reason}")
     if not report.ok:
         output.error(f"{args.directory}: {len(report.problems)} problem(s)")
         return 1

@@ -131,7 +131,7 @@ def test_verify_exits_1_with_a_line_for_each_problem(journal_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines
     for line in lines:
-        assert re.fullmatch(r"\S+ offset \d+ lsn \d+ op (\d+|\?): \S.*", line)
+        assert re.fullmatch(r"\S+ offset \d+ length \d+ lsn \d+ op (\d+|\?): \S.*", line)
     assert lines[0].startswith(f"{segment.name} offset ")
 
 
@@ -141,7 +141,7 @@ def test_verify_json_names_each_problem(journal_path, capsys):
     (report,) = rows(capsys.readouterr().out)
     assert report["ok"] is False
     assert report["problems"][0]["segment"] == segment.name
-    assert set(report["problems"][0]) == {"segment", "offset", "lsn", "op", "reason"}
+    assert set(report["problems"][0]) == {"segment", "offset", "lsn", "op", "reason", "length"}
 
 
 def test_verify_writes_nothing_and_works_beside_a_writer(journal_path, capsys):
