@@ -36,6 +36,7 @@ from mmapwal.journal import Journal, JournalStats
 from mmapwal.opening import Durability
 from mmapwal.reader import Entry
 from mmapwal.recovery import RecoveryReport, RecoveryRow
+from mmapwal.repair import Dropped, RepairReport, repair
 from mmapwal.replica import MuxStateMachine, Replica, SnapshotCoordinator, StateMachine, recover
 from mmapwal.snapshot import Snapshot, SnapshotStore
 from mmapwal.storage import (
@@ -60,6 +61,7 @@ __all__ = [
     "Columns",
     "CorruptionError",
     "Directory",
+    "Dropped",
     "DuplicateOpError",
     "Durability",
     "Entry",
@@ -84,6 +86,7 @@ __all__ = [
     "ReadonlyError",
     "RecoveryReport",
     "RecoveryRow",
+    "RepairReport",
     "Replica",
     "Snapshot",
     "SnapshotCoordinator",
@@ -101,6 +104,7 @@ __all__ = [
     "VerifyReport",
     "inspect",
     "recover",
+    "repair",
 ]
 
 logging.getLogger("mmapwal").addHandler(logging.NullHandler())

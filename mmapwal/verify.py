@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from mmapwal import format as fmt
 from mmapwal._native import ffi, lib
@@ -15,18 +15,12 @@ from mmapwal.index import SlotIndex, rebuilt_slots
 from mmapwal.recovery import REFUSED, STOP_REASONS, RecoveryRow, decide, refuse, removal_rows, scan_journal
 from mmapwal.segment import Segment, SegmentTable, native_scan, scan_fields
 from mmapwal.storage import Directory, SystemDirectory
-from mmapwal.superblock import Superblock, read_superblock
+from mmapwal.superblock import SegmentRecord, Superblock, read_superblock
 
 __all__ = [
-    "Damages",
-    "Problem",
-    "VerifyReport",
-    "damages",
-    "inspect",
-    "scan_segment",
-    "stop_problem",
+    "Damage", "Framed", "Problem", "VerifyReport", "damages", "inspect", "scan_segment", "stop_problem",
     "verify_open",
-]
+]  # fmt: skip
 
 Progress = Callable[[int, int], None]
 
@@ -61,6 +55,17 @@ class VerifyReport:
     def ok(self) -> bool:
         """Whether nothing is wrong."""
         return not self.problems
+
+
+class Framed(Protocol):
+    """A segment, or what was read of one."""
+
+    record: SegmentRecord
+    salt: int
+
+    @property
+    def frames(self) -> Any:
+        """Pointer to the first byte behind the header page."""
 
 
 def _problem(e: CorruptionError) -> Problem:
@@ -126,42 +131,62 @@ def _inspect(directory: Directory, superblock: Superblock, progress: Progress | 
     return VerifyReport(found.frames, found.entries, found.scanned_bytes, tuple(problems))
 
 
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """One damaged stretch of a segment: from the first place where no frame follows the one before, to the
+    next good frame, or to the limit."""
+
+    problem: Problem
+    stop: int  # enum mw_stop
+    lsn: int
+    end_lsn: int
+    link: int  # what a frame at `lsn` would have
+    epoch: int  # of the frame before, or 0
+    next_link: int | None  # of the good frame at `end_lsn`; None: there is none
+
+
 @dataclass(slots=True)
 class Damages:
     """What is wrong in a segment, and what was checked."""
 
-    problems: list[Problem]
+    found: list[Damage]
     frames: int = 0
     entries: int = 0
     scanned_bytes: int = 0
 
+    @property
+    def problems(self) -> list[Problem]:
+        return [damage.problem for damage in self.found]
 
-def damages(segment: Segment, superblock: Superblock, *, limit_lsn: int, slots: Any = None) -> Damages:
+
+def damages(segment: Framed, superblock: Superblock, *, limit_lsn: int, slots: Any = None) -> Damages:
     """All that is wrong in a segment below a limit, or before its END. Behind each bad frame it goes on at
     the next good one. Fills `slots` when given. OSError when the disk fails."""
-    record, found = segment.record, Damages([])
-    lsn, link = record.base_lsn, segment.salt
+    record, checked = segment.record, Damages([])
+    lsn, link, epoch = record.base_lsn, segment.salt, 0
     while lsn < limit_lsn:
         scan = scan_segment(segment, superblock, limit_lsn=limit_lsn, slots=slots, lsn=lsn, link=link)
-        found.frames += int(scan.frame_count)
-        found.entries += int(scan.entry_count)
-        found.scanned_bytes += int(scan.lsn) - lsn
+        checked.frames += int(scan.frame_count)
+        checked.entries += int(scan.entry_count)
+        checked.scanned_bytes += int(scan.lsn) - lsn
         if scan.stop in {lib.MW_STOP_LIMIT, lib.MW_STOP_END}:
             break
-        problem = stop_problem(segment, scan)
-        if scan.stop != lib.MW_STOP_LINK:  # then this frame is good, and the one before it is not
+        problem, stop, before = stop_problem(segment, scan), int(scan.stop), int(scan.link)
+        epoch = int(scan.last_epoch) or epoch
+        if stop != lib.MW_STOP_LINK:  # then this frame is good, and the one before it is not
             scan.lsn += fmt.ALIGN_BYTES
         more = lib.mw_seek(scan)
         if more < 0:
             raise OSError(-more, "reading the segment failed", record.name)
         lsn, link = int(scan.lsn) if more else min(limit_lsn, record.next_base_lsn), int(scan.link)
-        found.problems.append(replace(problem, length=lsn - problem.lsn))
+        problem = replace(problem, length=lsn - problem.lsn)
+        checked.found.append(Damage(problem, stop, problem.lsn, lsn, before, epoch, link if more else None))
         if not more:
             break
-    return found
+    return checked
 
 
-def stop_problem(segment: Segment, scan: Any) -> Problem:
+def stop_problem(segment: Framed, scan: Any) -> Problem:
     """Why a scan of the segment went no further."""
     offset = fmt.PAGE_BYTES + int(scan.lsn) - segment.record.base_lsn
     reason = STOP_REASONS.get(int(scan.stop), "the segment ends here")
@@ -169,7 +194,7 @@ def stop_problem(segment: Segment, scan: Any) -> Problem:
 
 
 def scan_segment(
-    segment: Segment, superblock: Superblock, *, limit_lsn: int, slots: Any = None,
+    segment: Framed, superblock: Superblock, *, limit_lsn: int, slots: Any = None,
     lsn: int = 0, link: int = 0,
 ) -> Any:  # fmt: skip
     """Checks one segment by itself, up to a limit or the first bad frame; fills `slots` when given. From a

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from mmapwal.cli import append, backup, compact, demo, dump, output, stat, tail, verify
+from mmapwal.cli import append, backup, compact, demo, dump, output, repair, stat, tail, verify
 from mmapwal.cli.opening import CannotRunError
 from mmapwal.errors import CorruptionError, JournalError
 
@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (append, dump, tail, stat, verify, compact, backup, demo):
+    for module in (append, dump, tail, stat, verify, repair, compact, backup, demo):
         module.add(commands)
     return parser
 

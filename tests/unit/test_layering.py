@@ -37,7 +37,7 @@ LAYERS = [
         "observer",
         "following",
     },
-    {"journal", "snapshot", "backup"},
+    {"journal", "snapshot", "backup", "repair"},
     {"replica", "aio", "aio_following", "testing"},
     {"mmapwal"},
     {"cli", "integrations", "__main__"},
