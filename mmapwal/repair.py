@@ -266,7 +266,6 @@ class _Plan:
     def carry_out(self) -> RepairReport:
         directory, superblock = self._directory, self._superblock
         broken = tuple(self._keep(image) for image in self._images.values() if image.is_there)
-        directory.sync()
         records = []
         for record in superblock.segments:
             contents = self._contents.get(record.id)

@@ -13,6 +13,7 @@ import pytest
 
 from mmapwal import (
     CorruptionError,
+    Durability,
     Journal,
     JournalError,
     LockedError,
@@ -207,6 +208,20 @@ def test_a_segment_file_that_is_gone_or_broken_loses_what_was_in_it_alone(home: 
     assert opened(home) == {op: p for op, p in before.items() if op not in ops}
 
 
+@pytest.mark.parametrize("kind", ["mapped", "memory"], indirect=True)
+def test_what_was_written_behind_a_damaged_end_and_never_synced_stays_as_well(home: Home) -> None:
+    with home.open(durability=Durability.OS, **SIZES) as journal:
+        journal.append_many([b"a" * 90, b"b" * 90, b"c" * 90])
+        journal.sync()
+        journal.append(b"d" * 90)
+        killed_home = home.after_kill()
+    frame = entry_frames(killed_home.directory())[3]
+    flip(killed_home.directory(), frame.name, frame.payload_at)
+    (dropped,) = repair(killed_home.directory()).dropped
+    assert (dropped.op, dropped.length) == (3, frame.bytes)
+    assert opened(killed_home) == {1: b"a" * 90, 2: b"b" * 90, 4: b"d" * 90}
+
+
 # --- when it has nothing to do, or cannot -------------------------------------------------------------
 
 
@@ -309,9 +324,11 @@ def damaged(directory: Directory) -> dict[int, bytes]:
 
 def test_a_power_cut_at_any_step_leaves_the_damaged_journal_or_the_repaired_one() -> None:
     expected: dict[int, bytes] = {}
+    files: dict[str, bytes] = {}
 
     def scenario(disk: CrashDisk, acknowledge: Callable[..., None]) -> None:
         expected.update(damaged(disk))
+        files.update(bytes_of(disk))
         acknowledge("damaged")
         repair(disk)
         acknowledge("repaired")
@@ -320,7 +337,10 @@ def test_a_power_cut_at_any_step_leaves_the_damaged_journal_or_the_repaired_one(
         if not acknowledged:
             return
         if "repaired" in acknowledged:
-            assert len([n for n in disk.names() if n.endswith(".broken")]) == 2
+            asides = [n for n in disk.names() if n.endswith(".broken")]
+            assert len(asides) == 2
+            for aside in asides:
+                assert read(disk, aside) == files[aside.partition(".broken")[0]]
         else:
             repair(disk)
         assert opened(disk) == expected
