@@ -19,7 +19,7 @@ from typing import Any, Protocol, Self, runtime_checkable
 from typing_extensions import Buffer
 
 from mmapwal._native import ffi, lib
-from mmapwal.errors import LockedError
+from mmapwal.errors import ClosedError, LockedError
 from mmapwal.extras import EXT, LEASES_SEE_MAPPINGS, SHARES_BLOCKS, TMPFS, XFS, copy_blocks, discard
 
 __all__ = [
@@ -354,8 +354,7 @@ class SystemDirectory:
     ) -> None:  # fmt: skip
         self.path = Path(path).absolute()
         self._storage, self._file_mode, self._directory_mode = storage, file_mode, directory_mode
-        self._fd = -1
-        self._lock_fd = -1
+        self._fd = self._lock_fd = -1
         self._lock_key: tuple[int, int] | None = None
         if create:
             self.path.mkdir(mode=directory_mode, exist_ok=True)
@@ -379,6 +378,8 @@ class SystemDirectory:
         return self._storage(fd, str(self.path / name), method, path=self.path / name)
 
     def _descriptor(self, name: str, flags: int) -> int:
+        if self._fd < 0:  # by another thread
+            raise ClosedError(f"{self.path} is closed")
         return _check(lib.mw_open(self._fd, os.fsencode(name), flags, self._file_mode), str(self.path / name))
 
     def create(self, name: str) -> Storage:
@@ -442,9 +443,8 @@ class SystemDirectory:
         self._lock_fd, self._lock_key = fd, key
 
     def best_sync_method(self) -> SyncMethod:
-        """RWF_DSYNC where a write into written space changes no metadata. On tmpfs a store: its pages are
-        there once they were written, and nothing is durable anyway, so all that a system call does there
-        is to take time. Elsewhere write and sync apart, so that a full disk is told from a failed sync."""
+        """RWF_DSYNC where a write into written space changes no metadata. On tmpfs, where nothing is durable
+        anyway, a store. Elsewhere write and sync apart, so that a full disk is told from a failed sync."""
         kind = lib.mw_fs_type(self._fd)
         if kind in {EXT, XFS}:
             return SyncMethod.DSYNC

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mmapwal._native import ffi
-from mmapwal.errors import LockedError
+from mmapwal.errors import ClosedError, LockedError
 from mmapwal.injected import InjectedIO
 from mmapwal.storage import (
     Directory,
@@ -556,3 +556,10 @@ def test_a_view_of_a_mapping_is_coherent_with_writes_of_other_descriptors(tmp_pa
         assert view[100:103] == b"abc"
         other.close()
         file.close()
+
+
+def test_a_directory_that_another_thread_has_closed_says_so(system: SystemDirectory) -> None:
+    system.create("f").close()
+    system.close()
+    with pytest.raises(ClosedError, match="closed"):
+        system.open("f")
