@@ -1,0 +1,58 @@
+"""Files that someone cuts under the mappings: an error from all that is guarded, in every thread, no kill."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FAULTS = [
+    "never",
+    "before",
+    "after",
+]  # when faulthandler is enabled: before the journal arms its guard, or behind
+
+
+def run(path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    script = Path(__file__).with_name("cut_under_readers.py")
+    command = [sys.executable, str(script), str(path), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.parametrize("faults", FAULTS)
+def test_segments_cut_under_many_threads_are_errors_of_all_that_reads_them_and_kill_nobody(
+    tmp_path: Path, faults: str
+) -> None:
+    done = run(tmp_path / "j", "segment", faults)
+    assert done.returncode == 0, done.stderr
+    ended = json.loads(done.stdout)
+    for way in ("copy", "header", "headers", "entries", "payloads", "columns", "follow", "readonly copy",
+                "readonly follow"):  # fmt: skip
+        assert any(e.startswith("behind") for e in ended[way]), (way, ended[way])
+    assert "Bus error" not in done.stderr
+
+
+@pytest.mark.parametrize("faults", FAULTS)
+def test_an_index_cut_under_many_threads_is_an_error_of_all_that_needs_it_and_kills_nobody(
+    tmp_path: Path, faults: str
+) -> None:
+    done = run(tmp_path / "j", "index", faults)
+    assert done.returncode == 0, done.stderr
+    ended = json.loads(done.stdout)
+    for way in ("append", "copy", "entries", "payloads", "stats"):
+        assert any(e.startswith("behind") for e in ended[way]), (way, ended[way])
+    assert "Bus error" not in done.stderr
+
+
+@pytest.mark.parametrize("faults", FAULTS)
+def test_a_view_of_what_was_cut_gets_the_signal_and_faulthandler_says_where(
+    tmp_path: Path, faults: str
+) -> None:
+    """What a user does with a view is outside of the guard: whoever had the handler before has his turn."""
+    done = run(tmp_path / "j", "segment", faults, "view")
+    assert done.returncode == -signal.SIGBUS
+    assert ("Bus error" in done.stderr) == (faults != "never")
