@@ -67,7 +67,7 @@ def main(path: str, what: str, faults: str) -> None:
     ready.wait()
     files = Path(path).glob("segment-*") if what == "segment" else [Path(path) / fmt.INDEX_NAME]
     for file in files:
-        os.truncate(file, fmt.PAGE_BYTES)
+        os.truncate(file, fmt.PAGE_BYTES if what == "segment" else 0)
     for thread in threads:
         thread.join()
     for name, way in ways.items():  # and each once more, for certain behind the cut
