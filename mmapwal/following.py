@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from mmapwal import format as fmt
 from mmapwal._native import ffi, lib
@@ -85,6 +85,14 @@ class Bell:
             page.stir()
 
 
+class _Facts(NamedTuple):
+    """What a superblock says, as a walk needs it."""
+
+    superblock: Superblock
+    removals: Any
+    names: frozenset[str]
+
+
 class Follower:
     """One reader of the stream. For one thread at a time."""
 
@@ -103,13 +111,14 @@ class Follower:
         self._room = Room(ROWS)
         self._chunk: Gathered
         self._payloads = slices_of(iter(lambda: self._chunk, None))
-        self._rows: tuple[Superblock, Any] | None = None
+        self._known: _Facts | None = None
         if engine.look():
             self._begin(engine.superblock)
 
     def take(self) -> Iterator[Entry] | None:
         """What comes next, at most some hundred, made when asked for; None: nothing yet. Does not wait."""
         self.bell.listen()
+        watermark = self._engine.superblock.watermark  # what is appended from here on is above it
         written, durable = self._engine.published()
         if not self._engine.look():
             return None
@@ -119,7 +128,7 @@ class Follower:
             entries = self._walk(limit)
             if entries is not None:
                 return entries
-        self._seen_op = max(self._seen_op, self._engine.superblock.watermark)
+        self._seen_op = max(self._seen_op, watermark)
         self._engine.check_followed()
         return None
 
@@ -191,8 +200,10 @@ class Follower:
                 raise
             self._take_over(self._engine.superblock, 0)
             return None
-        segment = table.segments[row]
-        if segment.record.name != self._in:
+        segment, name = table.segments[row], table.segments[row].record.name
+        if name not in self._facts().names:  # one of the two is about to be replaced
+            return None
+        if name != self._in:
             self._enter(table, row)
         walk = self._native_walk(table, row, limit)
         count = lib.mw_walk(walk, self._room.native, ROWS)
@@ -218,6 +229,14 @@ class Follower:
             self._at = segment.record.next_base_lsn
         return None
 
+    def _facts(self) -> _Facts:
+        """Of the superblock in force. What it no longer hides may lie in segments that it no longer names."""
+        superblock = self._engine.superblock
+        if self._known is None or self._known.superblock is not superblock:
+            names = frozenset(record.name for record in superblock.segments)
+            self._known = _Facts(superblock, removal_rows(superblock), names)
+        return self._known
+
     def _enter(self, table: SegmentTable, row: int) -> None:
         """In a new generation of the segment, a gap may stand for what is before and behind the place."""
         segment = table.segments[row]
@@ -231,15 +250,14 @@ class Follower:
         self._in = segment.record.name
 
     def _native_walk(self, table: SegmentTable, row: int, limit: int) -> Any:
-        segment, superblock = table.segments[row], self._engine.superblock
-        if self._rows is None or self._rows[0] is not superblock:
-            self._rows = superblock, removal_rows(superblock)
+        segment, facts = table.segments[row], self._known or self._facts()
+        superblock = facts.superblock
         return ffi.new(
             "struct mw_walk *",
             {
                 "frames": segment.frames, "base_lsn": segment.record.base_lsn,
                 "capacity": segment.record.capacity, "limit_lsn": limit, "from_op": self._from_op,
-                "watermark": superblock.watermark, "removals": self._rows[1],
+                "watermark": superblock.watermark, "removals": facts.removals,
                 "removal_count": len(superblock.removals), "salt": segment.salt, "lsn": self._at,
                 "segment": row,
             },
@@ -252,7 +270,11 @@ class Follower:
         if self._written:
             self._unproven.extend(zip(out.lsn[:count].tolist(), ops, strict=True))
         self._chunk = chunk
-        payloads = next(self._payloads)
+        try:
+            payloads = next(self._payloads)
+        except StopIteration:  # an interrupt ended it
+            self._payloads = slices_of(iter(lambda: self._chunk, None))
+            payloads = next(self._payloads)
         kinds, timestamps = out.kind[:count].tolist(), out.timestamp_ns[:count].tolist()
         return map(make_entry, zip(ops, payloads, kinds, timestamps, strict=True))
 

@@ -138,13 +138,14 @@ class Observer(Engine):
         if word is not None and word == self._word:
             return
         with self.structure:
-            self.published()
-            if not self.look():
+            if self._page is None:
+                self.look()
+            limit = self.published()[1]
+            if not self.look():  # behind that: so the superblock is no older
                 return
             if self.index.slot_count != self._superblock.slot_count or self._slots_of is _NOBODY:
                 self.index = _private_index(self._superblock.slot_count)
                 self._slots_at, self._slots_of = 0, self._superblock
-            limit = self.published()[1]
             for _ in range(LOOKS):
                 table = self.segments.table
                 try:

@@ -34,6 +34,7 @@ class Truth:
 
     def __init__(self) -> None:
         self.entries: dict[int, bytes] = {}
+        self._ever: dict[int, set[bytes]] = {}  # of ops that were cut off and appended again
         self._guard = threading.Lock()
         self._appending = 0
         self._nobody = threading.Condition(self._guard)
@@ -67,7 +68,9 @@ class Truth:
 
     def acknowledged(self, first: int, payloads: list[bytes]) -> None:
         with self._guard:
-            self.entries.update(enumerate(payloads, first))
+            for op, payload in enumerate(payloads, first):
+                self.entries[op] = payload
+                self._ever.setdefault(op, set()).add(payload)
 
     @contextmanager
     def removing(self, wanted: Callable[[int], bool]) -> Iterator[dict[int, bytes]]:
@@ -82,6 +85,11 @@ class Truth:
     def some(self, chance: random.Random) -> int | None:
         with self._guard:
             return chance.choice(list(self.entries)) if self.entries else None
+
+    def was(self, op: int, payload: bytes) -> bool:
+        """Whether the op has ever been acknowledged with that."""
+        with self.truncating():  # what is appended is acknowledged by now
+            return payload in self._ever.get(op, ())
 
     def expected(self, op: int) -> bytes | None:
         with self._guard:
@@ -175,7 +183,7 @@ class Soak:
             if before is not None and self.truth.expected(op) == before:
                 self._wrong(f"op {op} is missing")
             return
-        if found not in (before, self.truth.expected(op)):
+        if found not in (before, self.truth.expected(op)) and not self.truth.was(op, found):
             self._wrong(f"op {op} has other bytes")
 
     def holds(self, chance: random.Random) -> None:
@@ -262,17 +270,9 @@ class Soak:
                 seen = {op: payload for op, payload in seen.items() if op < e.op}
             except StaleOpError:
                 seen.clear()
-        for op, payload in list(seen.items()):
-            if self.truth.expected(op) not in (None, payload):
-                with self.truth.truncating():  # nobody appends: what is appended again is known to all
-                    again = self.truth.expected(op)
-                try:
-                    for entry in entries:
-                        seen[entry.op] = bytes(entry.payload)
-                except (TruncatedError, StaleOpError):
-                    return
-                if again != seen[op] and self.truth.expected(op) == again:
-                    self._wrong(f"op {op} was followed with other bytes")
+        for op, payload in seen.items():
+            if self.truth.expected(op) != payload and not self.truth.was(op, payload):
+                self._wrong(f"op {op} was followed with other bytes")
 
     def _in_turn(self, call: Callable[[], Any]) -> Any:
         """One shrinking operation at a time: the others wait."""
