@@ -23,6 +23,7 @@ from mmapwal import (
     observer,
 )
 from mmapwal import format as fmt
+from mmapwal.segment import SegmentTable
 from tests.conftest import Home
 
 from .files import write
@@ -386,3 +387,56 @@ def test_who_only_follows_ends_with_what_the_journal_holds_whatever_is_done_to_i
             life.check()
     life.check()
     tally("entries followed through a random life", sum(m.given for m in life.mirrors))
+
+
+# --- between two looks of a follower ------------------------------------------------------------------
+
+
+def test_what_came_and_went_behind_the_look_at_how_far_the_journal_is_is_told(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = journal._engine
+    follower = following.Follower(engine, None, written=False)
+    fill(journal, 50)
+    assert len(all_of(follower)) == 50
+    published = engine.published
+
+    def before_much_happens() -> tuple[int, int]:
+        monkeypatch.undo()
+        told = published()
+        fill(journal, 60)
+        journal.set_snapshot_op(110)
+        engine.rotate()
+        journal.compact(wait=True)
+        fill(journal, 5)
+        return told
+
+    monkeypatch.setattr(engine, "published", before_much_happens)
+    assert follower.take() is None
+    with pytest.raises(StaleOpError) as e:
+        follower.take()
+    assert e.value.first_op == 111
+    assert all_of(follower) == [111, 112, 113, 114, 115]
+
+
+def test_what_was_cut_off_while_its_segment_was_looked_up_does_not_come(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing says any more that it was, once its segments are gone."""
+    fill(journal, 20, b"old")
+    follower = following.Follower(journal._engine, None, written=False)
+    true_map = SegmentTable.map
+
+    def meanwhile(table: SegmentTable, row: int) -> memoryview:
+        monkeypatch.undo()
+        view = true_map(table, row)
+        journal.truncate_from(1)
+        journal._engine.rotate()
+        fill(journal, 3, b"new")
+        journal.compact(wait=True)
+        assert journal.stats().removals == 0
+        return view
+
+    monkeypatch.setattr(SegmentTable, "map", meanwhile)
+    given = [bytes(e.payload) for _ in range(3) for e in follower.take() or ()]
+    assert given == [bytes(e.payload) for e in journal]
