@@ -21,6 +21,7 @@ from .files import (
     killed,
     put,
     read,
+    settle,
     superblock_of,
     write,
 )
@@ -97,6 +98,7 @@ def test_two_journals_have_different_uuids(tmp_path: Path) -> None:
 def test_verify_checks_all_that_is_durable_and_changes_nothing(home: Home, durability: Durability) -> None:
     journal = filled(home, durability=durability)
     journal.sync()
+    settle(journal)
     told: list[tuple[int, int]] = []
     with journal._engine.structure:
         before = bytes_of(home.directory())
