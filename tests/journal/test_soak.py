@@ -104,6 +104,7 @@ class Soak:
         self.journal = Journal(path / "j", **SIZES)
         self.truth = Truth()
         self.failures: list[str] = []
+        self._over = False
         self.counts: dict[str, int] = {}
         self.deadline = time.monotonic() + seconds
         self._seed = itertools.count(seed * 1000)
@@ -119,6 +120,7 @@ class Soak:
         while time.monotonic() < self.deadline and not self.failures:
             time.sleep(0.05)
         self.journal.close()  # while they all go on
+        self._over = True  # who finds nothing to do is not told by the journal
         for thread in threads:
             thread.join(60)
         self.failures += [f"{thread.name} hangs" for thread in threads if thread.is_alive()]
@@ -127,7 +129,7 @@ class Soak:
         chance = random.Random(next(self._seed))
         name = work.__name__
         try:
-            while not self.failures:
+            while not self.failures and not self._over:
                 work(chance)
                 self.counts[name] = self.counts.get(name, 0) + 1
         except ClosedError:
