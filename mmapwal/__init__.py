@@ -36,7 +36,7 @@ from mmapwal.journal import Journal, JournalStats
 from mmapwal.opening import Durability
 from mmapwal.reader import Entry
 from mmapwal.recovery import RecoveryReport, RecoveryRow
-from mmapwal.repair import Dropped, RepairReport, repair
+from mmapwal.repair import RepairReport, repair
 from mmapwal.replica import MuxStateMachine, Replica, SnapshotCoordinator, StateMachine, recover
 from mmapwal.snapshot import Snapshot, SnapshotStore
 from mmapwal.storage import (
@@ -61,7 +61,6 @@ __all__ = [
     "Columns",
     "CorruptionError",
     "Directory",
-    "Dropped",
     "DuplicateOpError",
     "Durability",
     "Entry",

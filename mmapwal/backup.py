@@ -53,8 +53,7 @@ class _Moment:
         cls, directory: Directory, superblock: Superblock, segments: dict[SegmentRecord, Segment], lsn: int
     ) -> _Moment:
         # An end is told once it is durable, which it may have become behind the look at `lsn`.
-        ends = (record.end_lsn for record in segments)
-        durable_lsn = max(lsn, superblock.epoch_start_lsn, fmt.FIRST_LSN, *ends)
+        durable_lsn = max(lsn, replace(superblock, segments=tuple(segments)).proven_lsn)
         wanted = {r: s for r, s in segments.items() if r.base_lsn < durable_lsn}
         for segment in wanted.values():
             segment.view  # noqa: B018  # maps it
@@ -186,8 +185,7 @@ def _copy(
     all that it had. CorruptionError when it is damaged below the durable LSN."""
     scan = scan_segment(segment, moment.superblock, limit_lsn=moment.durable_lsn)
     if scan.stop not in {lib.MW_STOP_LIMIT, lib.MW_STOP_END}:
-        problem = stop_problem(segment, scan)
-        raise CorruptionError(problem.segment, problem.offset, problem.lsn, problem.op, problem.reason)
+        raise stop_problem(segment, scan).error()
     end_lsn = int(scan.lsn)
     used = segment.view[fmt.PAGE_BYTES : fmt.PAGE_BYTES + end_lsn - record.base_lsn]
     source = _source(moment.directory, segment)

@@ -255,7 +255,7 @@ class Engine:
     def error(self, code: int, op: int | None = None) -> Exception:
         """What a result of the C helper is called in Python."""
         what = f"op {op}" if op else "the op"
-        watermark = self._file.current.watermark
+        watermark = self.superblock.watermark
         match code:
             case lib.MW_E_POISONED:
                 return self.poisoned()

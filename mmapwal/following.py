@@ -12,16 +12,16 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import Any, NamedTuple, Protocol
 
-from mmapwal import format as fmt
-from mmapwal._native import ffi, lib
+from mmapwal._native import lib
 from mmapwal.columns import Gathered, Room
 from mmapwal.errors import CorruptionError, StaleOpError, TruncatedError
 from mmapwal.observer import LOOK_S
 from mmapwal.page import ProgressPage
 from mmapwal.reader import Entry, make_entry, slices_of
 from mmapwal.recovery import removal_rows
-from mmapwal.segment import SegmentSet, SegmentTable
+from mmapwal.segment import Segment, SegmentSet, SegmentTable
 from mmapwal.superblock import Superblock
+from mmapwal.walking import walk_error, walk_frames
 
 __all__ = ["Bell", "Followed", "Follower", "Following"]
 
@@ -201,25 +201,23 @@ class Follower:
             self._take_over(self._engine.superblock, 0)
             return None
         segment, name = table.segments[row], table.segments[row].record.name
-        if name not in self._facts().names:  # one of the two is about to be replaced
+        facts = self._facts()
+        if name not in facts.names:  # one of the two is about to be replaced
             return None
         if name != self._in:
-            self._enter(table, row)
-        walk = self._native_walk(table, row, limit)
-        count = lib.mw_walk(walk, self._room.native, ROWS)
-        if walk.failed == lib.MW_E_CORRUPT and not count:  # else the next time
-            raise CorruptionError(
-                segment.record.name, fmt.PAGE_BYTES + int(walk.lsn) - segment.record.base_lsn, int(walk.lsn),
-                int(walk.op) or None, "the frame does not verify",
-            )  # fmt: skip
-        if walk.failed and not count:
-            raise OSError(-walk.failed, "reading the segment failed", segment.record.name)
-        entries = (
-            self._given(Gathered(table, self._room, int(count), True, int(walk.stride))) if count else None
-        )
-        self._at = int(walk.lsn)
-        if entries is not None:
+            self._enter(segment, facts)
+        walk, count = walk_frames(
+            segment, facts.superblock, facts.removals, lsn=self._at, limit_lsn=limit,
+            out=self._room.native, rows=ROWS, from_op=self._from_op, segment=row,
+        )  # fmt: skip
+        if count:
+            entries = self._given(Gathered(table, self._room, count, True, int(walk.stride)))
+            self._at = int(walk.lsn)
             return entries
+        error = walk_error(segment, walk)  # behind entries it comes the next time
+        if error is not None:
+            raise error
+        self._at = int(walk.lsn)
         if walk.stop == lib.MW_WALK_STALE:
             raise self._stale(int(walk.op))
         if walk.stop == lib.MW_WALK_GAP:
@@ -237,31 +235,18 @@ class Follower:
             self._known = _Facts(superblock, removal_rows(superblock), names)
         return self._known
 
-    def _enter(self, table: SegmentTable, row: int) -> None:
+    def _enter(self, segment: Segment, facts: _Facts) -> None:
         """In a new generation of the segment, a gap may stand for what is before and behind the place."""
-        segment = table.segments[row]
-        if self._at > segment.record.base_lsn:
-            walk = self._native_walk(table, row, self._at)
-            walk.lsn, walk.from_op, walk.past_gaps = segment.record.base_lsn, 2**63, True
-            lib.mw_walk(walk, ffi.NULL, 0)  # what is wrong there, the next walk tells
-            if not walk.failed and walk.lsn > self._at:
+        base_lsn = segment.record.base_lsn
+        if self._at > base_lsn:
+            walk, _ = walk_frames(
+                segment, facts.superblock, facts.removals, lsn=base_lsn, limit_lsn=self._at,
+                from_op=2**63, past_gaps=True,
+            )  # fmt: skip
+            if not walk.failed and walk.lsn > self._at:  # what is wrong there, the next walk tells
                 self._lost()
                 self._at = int(walk.lsn)
         self._in = segment.record.name
-
-    def _native_walk(self, table: SegmentTable, row: int, limit: int) -> Any:
-        segment, facts = table.segments[row], self._known or self._facts()
-        superblock = facts.superblock
-        return ffi.new(
-            "struct mw_walk *",
-            {
-                "frames": segment.frames, "base_lsn": segment.record.base_lsn,
-                "capacity": segment.record.capacity, "limit_lsn": limit, "from_op": self._from_op,
-                "watermark": superblock.watermark, "removals": facts.removals,
-                "removal_count": len(superblock.removals), "salt": segment.salt, "lsn": self._at,
-                "segment": row,
-            },
-        )  # fmt: skip
 
     def _given(self, chunk: Gathered) -> Iterator[Entry]:
         out, count = chunk.out, chunk.rows

@@ -134,6 +134,12 @@ class SlotIndex:
         self._storage.write_at(fmt.PAGE_BYTES, older.data)
         return summary
 
+    def summary(self) -> tuple[int, int, int]:
+        """How many slots are taken, and the first and the last op in them. Walks them all."""
+        out = ffi.new("struct mw_summary *")
+        _check(lib.mw_slots_summary(self.slots, self.slot_count, out))
+        return int(out.live), int(out.first_op), int(out.last_op)
+
     def copy(self) -> npt.NDArray[Any]:
         """The slots as they are, each one whole; the journal may go on meanwhile."""
         out = rebuilt_slots(self.slot_count)

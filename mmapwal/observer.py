@@ -27,6 +27,7 @@ from mmapwal.recovery import RecoveryReport, removal_rows
 from mmapwal.segment import Segment, SegmentSet, SegmentTable
 from mmapwal.storage import Directory, FileStorage, MemoryDirectory, SyncMethod
 from mmapwal.superblock import SegmentRecord, Superblock, read_superblock
+from mmapwal.walking import walk_error, walk_frames
 
 __all__ = ["Observer", "ObservingReader"]
 
@@ -119,10 +120,8 @@ class Observer(Engine):
         """What the page says, or the superblock where that knows more: nobody may be writing."""
         page = self._page
         written, durable = (0, 0) if page is None else page.progress()
-        superblock = self._superblock
-        if superblock is not _NOBODY:
-            proven = max(superblock.epoch_start_lsn, *(r.end_lsn for r in superblock.segments), 0)
-            durable = max(durable, proven, superblock.seal.lsn if superblock.seal is not None else 0)
+        if self._superblock is not _NOBODY:
+            durable = max(durable, self._superblock.proven_lsn)
         self._limit = max(self._limit, durable)  # another page begins at nothing
         return max(written, self._limit), self._limit
 
@@ -192,38 +191,27 @@ class Observer(Engine):
         lsns[dead] = 0
 
     def _fill(self, table: SegmentTable, segment: Segment, start: int, limit: int) -> None:
-        superblock, record = self._superblock, segment.record
-        table.map(table.row(record.base_lsn))
-        rows = removal_rows(superblock)
-        walk = ffi.new(
-            "struct mw_walk *",
-            {
-                "frames": segment.frames, "base_lsn": record.base_lsn, "capacity": record.capacity,
-                "limit_lsn": limit, "watermark": superblock.watermark, "removals": rows,
-                "removal_count": len(superblock.removals), "salt": segment.salt, "lsn": start,
-                "slots": self.index.slots, "slot_count": self.index.slot_count, "past_gaps": True,
-            },
+        superblock = self._superblock
+        table.map(table.row(segment.record.base_lsn))
+        walk, _ = walk_frames(
+            segment, superblock, removal_rows(superblock), lsn=start, limit_lsn=limit,
+            slots=self.index.slots, slot_count=self.index.slot_count, past_gaps=True,
         )  # fmt: skip
-        done = lib.mw_walk(walk, ffi.NULL, 0)
-        lsn = int(walk.lsn)
-        if walk.failed == lib.MW_E_CORRUPT:
-            offset = fmt.PAGE_BYTES + lsn - record.base_lsn
-            raise CorruptionError(record.name, offset, lsn, int(walk.op) or None, "the frame does not verify")
-        if done < 0 or walk.failed:
-            raise OSError(-int(walk.failed or done), "reading the segment failed", record.name)
+        error = walk_error(segment, walk)
+        if error is not None:
+            raise error
 
     def state(self) -> Any:
         """As an engine's, of what is durable."""
         self.refresh()
-        summary = ffi.new("struct mw_summary *")
-        _check(lib.mw_slots_summary(self.index.slots, self.index.slot_count, summary))
+        live, first_op, last_op = self.index.summary()
         written, durable = self.published()
         watermark = self._superblock.watermark
         return ffi.new(
             "struct mw_state *",
             {
-                "live": summary.live, "first_op": summary.first_op, "last_op": summary.last_op,
-                "next_op": max(summary.last_op, watermark) + 1, "watermark": watermark,
+                "live": live, "first_op": first_op, "last_op": last_op,
+                "next_op": max(last_op, watermark) + 1, "watermark": watermark,
                 "written_lsn": written, "durable_lsn": durable, "epoch": self._superblock.epoch,
                 "closed": self.closed,
             },
@@ -235,9 +223,7 @@ class Observer(Engine):
         """Nothing is."""
 
     def check_usable(self) -> None:
-        if self.closed:
-            raise ClosedError("the journal is closed")
-        raise ReadonlyError(f"{self.directory} was opened to be read only")
+        raise self.error(lib.MW_E_CLOSED)
 
     def error(self, code: int, op: int | None = None) -> Exception:
         if code == lib.MW_E_CLOSED and not self.closed:
@@ -248,8 +234,7 @@ class Observer(Engine):
         """None is owed."""
 
     def remaining(self) -> int:
-        self.check_usable()
-        return 0
+        raise self.error(lib.MW_E_CLOSED)
 
     # --- the end ------------------------------------------------------------------------------------
 
@@ -286,7 +271,8 @@ class ObservingReader(Reader):
             raise self.closed
         self._engine.refresh()
         if self._engine.index is not self._index:
-            self.__init__(self._engine, verify_reads=self._verify)  # type: ignore[misc]
+            self._index = self._engine.index
+            self._take_over()
 
     def locate(self, op: int) -> tuple[memoryview, int, int, int, int]:
         self._look()
@@ -323,8 +309,3 @@ def _closed_writer(index: SlotIndex) -> Any:
     writer = ffi.gc(writer, lib.mw_writer_free)
     lib.mw_writer_close(writer)
     return writer
-
-
-def _check(rc: int) -> None:
-    if rc < 0:
-        raise OSError(-rc, "reading the index failed", fmt.INDEX_NAME)

@@ -50,15 +50,19 @@ class Reader:
 
     def __init__(self, engine: Engine, *, verify_reads: bool) -> None:
         self._engine = engine
-        self.segments: SegmentSet = engine.segments
         self._verify = verify_reads
-        index = engine.index
-        self.slots = index.slot_count
-        self._slot = index.peek if _LOADS_ARE_ORDERED else index.lookup
         self._relaxed = engine.options.durability is not Durability.SYNC
         self._durable_lsn = 0
         self.closed: Exception | None = None
-        self._plain_below(0 if self._relaxed or verify_reads or not _LOADS_ARE_ORDERED else 2**64)
+        self._take_over()
+
+    def _take_over(self) -> None:
+        """The engine's segments and index."""
+        self.segments: SegmentSet = self._engine.segments
+        index = self._engine.index
+        self.slots = index.slot_count
+        self._slot = index.peek if _LOADS_ARE_ORDERED else index.lookup
+        self._plain_below(0 if self._relaxed or self._verify or not _LOADS_ARE_ORDERED else 2**64)
 
     def _plain_below(self, lsn: int) -> None:
         """Below the LSN an entry can be read without asking anyone. Above it, or closed, or verifying, or

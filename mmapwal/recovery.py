@@ -164,15 +164,6 @@ def removal_rows(superblock: Superblock) -> Any:
     return rows
 
 
-def _superblock_proof(superblock: Superblock) -> int:
-    return max(
-        superblock.epoch_start_lsn,
-        superblock.seal.lsn if superblock.seal is not None else 0,
-        *(s.end_lsn for s in superblock.segments),
-        *(r.below_lsn for r in superblock.removals),
-    )
-
-
 class _Telling:
     """Tells a progress callback how many bytes are done, never fewer than before."""
 
@@ -256,7 +247,7 @@ def scan_journal(
 
     `progress` is called on the caller's thread. OSError when the disk fails. Changes nothing.
     """
-    proven = max(_superblock_proof(superblock), index_durable_lsn)
+    proven = max(superblock.proven_lsn, index_durable_lsn)
     segments = table.segments
     total = sum(s.record.capacity for s in segments)
     tell = _Telling(progress, total)

@@ -22,32 +22,20 @@ from mmapwal.storage import Directory, SystemDirectory
 from mmapwal.superblock import Removal, SegmentRecord, Superblock, SuperblockFile, read_superblock
 from mmapwal.verify import Damage, Problem, damages, inspect
 
-__all__ = ["Dropped", "RepairReport", "repair"]
+__all__ = ["RepairReport", "repair"]
 
 BROKEN = ".broken"
 COPY_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Dropped:
-    """A stretch of a segment that is left out: entries, of which only those ops are known whose header is
-    readable."""
-
-    segment: str
-    offset: int
-    lsn: int
-    length: int
-    op: int | None
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
 class RepairReport:
-    """What was wrong, what is left out, and where the damaged files are kept. `changed`: whether the journal
-    was repaired; not so when nothing was wrong, or it was only asked what would be."""
+    """What was wrong, which stretches are left out, and where the damaged files are kept. Of what is left out
+    only those ops are known whose header is readable. `changed`: whether the journal was repaired; not so
+    when nothing was wrong, or it was only asked what would be."""
 
     problems: tuple[Problem, ...]
-    dropped: tuple[Dropped, ...]
+    dropped: tuple[Problem, ...]
     broken: tuple[str, ...]
     changed: bool
 
@@ -77,7 +65,7 @@ def repair(
         superblock = read_superblock(directory)
         if not problems or superblock is None:
             if problems:
-                raise _corruption(problems[0])
+                raise problems[0].error()
             return RepairReport((), (), (), changed=False)
         plan = _Plan(directory, superblock, problems)
         if dry_run:
@@ -85,10 +73,6 @@ def repair(
         return plan.carry_out()
     finally:
         directory.close()
-
-
-def _corruption(problem: Problem) -> CorruptionError:
-    return CorruptionError(problem.segment, problem.offset, problem.lsn, problem.op, problem.reason)
 
 
 class _Image:
@@ -179,7 +163,7 @@ class _Plan:
 
     def __init__(self, directory: Directory, superblock: Superblock, problems: tuple[Problem, ...]) -> None:
         self._directory, self._superblock, self._problems = directory, superblock, problems
-        self.dropped: list[Dropped] = []
+        self.dropped: list[Problem] = []
         self._contents: dict[int, list[tuple[int, bytes]]] = {}  # by segment id
         self._images: dict[int, _Image] = {}
         proven = self._proven()
@@ -188,15 +172,12 @@ class _Plan:
             if record.base_lsn < proven:
                 epoch = self._plan(record, proven, epoch)
         if not self._contents and any(p.segment != fmt.INDEX_NAME for p in problems):
-            raise _corruption(problems[0])
+            raise problems[0].error()
 
     def _proven(self) -> int:
         """All below it had been durable."""
         s = self._superblock
-        proven = max(
-            s.epoch_start_lsn, s.seal.lsn if s.seal is not None else 0, *(r.end_lsn for r in s.segments),
-            *(r.below_lsn for r in s.removals), published_progress(self._directory, s.uuid, s.slot_count)[1],
-        )  # fmt: skip
+        proven = max(s.proven_lsn, published_progress(self._directory, s.uuid, s.slot_count)[1])
         for record in s.segments:
             image = _Image(self._directory, s, record)
             scan = scan_fields(
@@ -205,7 +186,7 @@ class _Plan:
             )  # fmt: skip
             native_scan(scan, record.name, hunt=True)
             if scan.stop == lib.MW_STOP_FUTURE_EPOCH:
-                raise _corruption(self._problems[0])
+                raise self._problems[0].error()
             proven = max(proven, int(scan.durable_lsn))
         return proven
 
@@ -227,7 +208,7 @@ class _Plan:
             problem, at, epoch = damage.problem, stretch.end, stretch.epoch
             offset, length = fmt.PAGE_BYTES + stretch.start - record.base_lsn, stretch.end - stretch.start
             op = problem.op if stretch.start == problem.lsn else None
-            self.dropped.append(Dropped(record.name, offset, stretch.start, length, op, problem.reason))
+            self.dropped.append(Problem(record.name, offset, stretch.start, op, problem.reason, length))
         contents.append(image.between(at, record.next_base_lsn))  # what nothing proves, opening judges
         self._contents[record.id], self._images[record.id] = contents, image
         return epoch
@@ -283,7 +264,7 @@ class _Plan:
             file.close()
         left = inspect(directory).problems
         if left:
-            raise _corruption(left[0])
+            raise left[0].error()
         return RepairReport(self._problems, tuple(self.dropped), broken, changed=True)
 
     def _removals(self) -> tuple[Removal, ...]:

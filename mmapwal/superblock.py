@@ -105,6 +105,13 @@ class Superblock:
         """Where the next segment starts."""
         return self.segments[-1].next_base_lsn if self.segments else max(self.epoch_start_lsn, fmt.FIRST_LSN)
 
+    @property
+    def proven_lsn(self) -> int:
+        """All below it had been durable, as far as this tells."""
+        seal_lsn = self.seal.lsn if self.seal is not None else 0
+        ends = (s.end_lsn for s in self.segments)
+        return max(self.epoch_start_lsn, seal_lsn, *ends, *(r.below_lsn for r in self.removals))
+
     def with_epoch(self, start_lsn: int) -> Superblock:
         """The next epoch, from `start_lsn` on; it breaks the seal."""
         return replace(self, epoch=self.epoch + 1, epoch_start_lsn=start_lsn, seal=None)

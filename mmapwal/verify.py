@@ -37,6 +37,15 @@ class Problem:
     reason: str
     length: int = 0
 
+    @classmethod
+    def of(cls, e: CorruptionError) -> Problem:
+        """What an error tells."""
+        return cls(e.segment, e.offset, e.lsn, e.op, e.reason)
+
+    def error(self) -> CorruptionError:
+        """The error that tells it."""
+        return CorruptionError(self.segment, self.offset, self.lsn, self.op, self.reason)
+
     def __str__(self) -> str:
         op = f", op {self.op}" if self.op is not None else ""
         return f"{self.segment} at byte {self.offset} (LSN {self.lsn}{op}): {self.reason}"
@@ -68,10 +77,6 @@ class Framed(Protocol):
         """Pointer to the first byte behind the header page."""
 
 
-def _problem(e: CorruptionError) -> Problem:
-    return Problem(e.segment, e.offset, e.lsn, e.op, e.reason)
-
-
 def inspect(path: str | os.PathLike[str] | Directory, progress: Progress | None = None) -> VerifyReport:
     """Checks the journal in a directory, also one that refuses to open. Takes no lock, writes nothing,
     blocks while it reads everything.
@@ -85,7 +90,7 @@ def inspect(path: str | os.PathLike[str] | Directory, progress: Progress | None 
         try:
             superblock = read_superblock(directory)
         except CorruptionError as e:
-            return VerifyReport(0, 0, 0, (_problem(e),))
+            return VerifyReport(0, 0, 0, (Problem.of(e),))
         if superblock is None:
             if any(fmt.is_ours(n) for n in directory.names()):
                 gone = Problem(fmt.SUPERBLOCK_NAME, 0, 0, None, "it is gone, but segments are there")
@@ -106,7 +111,7 @@ def _inspect(directory: Directory, superblock: Superblock, progress: Progress | 
             segment.check()
             sound.append(segment)
         except CorruptionError as e:
-            problems.append(_problem(e))
+            problems.append(Problem.of(e))
         except JournalError as e:
             problems.append(Problem(record.name, 0, record.base_lsn, None, str(e)))
     table = SegmentTable(sound)
@@ -120,7 +125,7 @@ def _inspect(directory: Directory, superblock: Superblock, progress: Progress | 
                 limit = min(found.proven_lsn, segment.record.end_lsn or segment.record.next_base_lsn)
                 problems += damages(segment, superblock, limit_lsn=limit).problems
         if row in REFUSED and (row is not RecoveryRow.LOST or not problems):
-            problems.append(_problem(refuse(row, found, table)))
+            problems.append(Problem.of(refuse(row, found, table)))
         seal = superblock.seal
         if seal is not None and not problems and index is not None and index.crc() == seal.index_crc:
             problems += _index_problems(index.copy(), found.slots[0], seal.lsn, seal.lsn)

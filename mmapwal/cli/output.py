@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, TextIO
 
+from mmapwal.verify import Problem
+
 SHORT_TEXT_CHARS = 72
 PROGRESS_AFTER_S = 1.0
 PROGRESS_EVERY_S = 0.2
@@ -49,6 +51,13 @@ def iso_time(timestamp_ns: int) -> str:
     """Nanoseconds since the Unix epoch as ISO 8601, UTC, all nine digits."""
     seconds, ns = divmod(timestamp_ns, 1_000_000_000)
     return f"{(_EPOCH + timedelta(seconds=seconds)).strftime('%Y-%m-%dT%H:%M:%S')}.{ns:09d}Z"
+
+
+def problem_text(problem: Problem) -> str:
+    """What is wrong, and where, in a form that scripts can split."""
+    op = "?" if problem.op is None else problem.op
+    length = f" length {problem.length}" if problem.length else ""
+    return f"{problem.segment} offset {problem.offset}{length} lsn {problem.lsn} op {op}: {problem.reason}"
 
 
 def payload_text(payload: memoryview, limit_chars: int = SHORT_TEXT_CHARS) -> str:

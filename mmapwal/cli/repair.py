@@ -43,9 +43,8 @@ def _tell(report: Any, *, dry_run: bool) -> None:
     if not report.problems:
         output.line("nothing is wrong")
         return
-    for d in report.dropped:
-        op = "?" if d.op is None else d.op
-        output.line(f"{d.segment} offset {d.offset} length {d.length} lsn {d.lsn} op {op}: {d.reason}")
+    for dropped in report.dropped:
+        output.line(output.problem_text(dropped))
     length = output.bytes_text(sum(d.length for d in report.dropped))
     verb = "would be left out" if dry_run else "left out"
     output.line(f"{len(report.dropped)} damaged place(s) {verb}: {length}")

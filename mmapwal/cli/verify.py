@@ -33,10 +33,7 @@ def run(args: argparse.Namespace) -> int:
         output.json_line({"ok": report.ok} | dataclasses.asdict(report))
         return 0 if report.ok else 1
     for problem in report.problems:
-        op = "?" if problem.op is None else problem.op
-        length = f" length {problem.length}" if problem.length else ""
-        where = f"{problem.segment} offset {problem.offset}{length} lsn {problem.lsn} op {op}"
-        output.line(f"{where}: {problem.reason}")
+        output.line(output.problem_text(problem))
     if not report.ok:
         output.error(f"{args.directory}: {len(report.problems)} problem(s)")
         return 1

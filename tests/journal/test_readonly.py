@@ -161,6 +161,13 @@ def test_what_writes_is_refused_and_nothing_is_changed(start: Callable[[], Write
         reader.read(1)
     with pytest.raises(ClosedError):
         next(reader.follow())
+    for write in (
+        lambda: reader.append(b"x"),
+        lambda: reader.append_many([]),
+        lambda: reader.remaining_capacity,
+    ):
+        with pytest.raises(ClosedError):
+            write()
     assert writer.do("last_op") == "10"
 
 

@@ -118,9 +118,9 @@ READING = (
         "all below the start of the epoch was durable",
         (
             Patch(
-                "mmapwal/recovery.py",
-                "        superblock.epoch_start_lsn,\n        superblock.seal",
-                "        0,\n        superblock.seal",
+                "mmapwal/superblock.py",
+                "return max(self.epoch_start_lsn, seal_lsn,",
+                "return max(0, seal_lsn,",
             ),
         ),
         Method.DAMAGE,

@@ -36,6 +36,7 @@ LAYERS = [
         "stats",
         "observer",
         "following",
+        "walking",
     },
     {"journal", "snapshot", "backup", "repair"},
     {"replica", "aio", "aio_following", "testing"},
