@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from itertools import chain
-from typing import Any, NamedTuple, Protocol
+from typing import Protocol
 
 from mmapwal._native import lib
 from mmapwal.columns import Gathered, Room
@@ -18,15 +18,16 @@ from mmapwal.errors import CorruptionError, StaleOpError, TruncatedError
 from mmapwal.observer import LOOK_S
 from mmapwal.page import ProgressPage
 from mmapwal.reader import Entry, make_entry, slices_of
-from mmapwal.recovery import removal_rows
 from mmapwal.segment import Segment, SegmentSet, SegmentTable
 from mmapwal.superblock import Superblock
-from mmapwal.walking import walk_error, walk_frames
+from mmapwal.walking import Walk
 
 __all__ = ["Bell", "Followed", "Follower", "Following"]
 
-ROWS = 512
+ROWS = 2048
+AHEAD_BYTES = 1 << 20  # who follows large entries need not wait for so many
 NOBODY_S = 0.02  # there is no page yet
+SPIN_S = 0.0003  # to wake who sleeps costs the writer some 10 us, on virtual machines more
 POLL_S = 0.001  # the page cannot be stored to: nobody knows that one sleeps
 
 
@@ -54,12 +55,14 @@ class Followed(Protocol):
 
 
 class Bell:
-    """What a follower sleeps by: the word of the index page that counts publications."""
+    """What a follower waits by: the word of the index page that counts publications. What comes soon after
+    the one before it is not slept for, so that a writer in a hurry need not wake anybody."""
 
     def __init__(self, engine: Followed) -> None:
         self._engine = engine
         self._word = 0
         self._stopped = False
+        self._hurries = False  # the last one came within SPIN_S
 
     def listen(self) -> None:
         """Before a look at what is published: wait() ends when more is, from here on. OSError."""
@@ -74,8 +77,13 @@ class Bell:
             return
         if page is None:
             time.sleep(min(timeout_s, NOBODY_S))
-        else:
+            return
+        began = time.monotonic()
+        if self._hurries and page.spin(self._word, min(timeout_s, SPIN_S)):
+            return
+        if not self._stopped:
             page.wait(self._word, min(timeout_s, LOOK_S if page.writable else POLL_S))
+        self._hurries = time.monotonic() - began < SPIN_S
 
     def stop(self) -> None:
         """Ends wait() in another thread, now and for ever."""
@@ -83,14 +91,6 @@ class Bell:
         page = self._engine.follow_page()
         if page is not None:
             page.stir()
-
-
-class _Facts(NamedTuple):
-    """What a superblock says, as a walk needs it."""
-
-    superblock: Superblock
-    removals: Any
-    names: frozenset[str]
 
 
 class Follower:
@@ -111,7 +111,7 @@ class Follower:
         self._room = Room(ROWS)
         self._chunk: Gathered
         self._payloads = slices_of(iter(lambda: self._chunk, None))
-        self._known: _Facts | None = None
+        self._walk: Walk | None = None
         if engine.look():
             self._begin(engine.superblock)
 
@@ -125,7 +125,7 @@ class Follower:
         self._take_over(self._engine.superblock, durable)
         limit = written if self._written else durable
         while self._at < limit:
-            entries = self._walk(limit)
+            entries = self._take(limit)
             if entries is not None:
                 return entries
         self._seen_op = max(self._seen_op, watermark)
@@ -187,7 +187,7 @@ class Follower:
 
     # --- frames -------------------------------------------------------------------------------------
 
-    def _walk(self, limit: int) -> Iterator[Entry] | None:
+    def _take(self, limit: int) -> Iterator[Entry] | None:
         table = self._engine.segments.table
         row = table.row(self._at)
         if row < 0:
@@ -200,58 +200,59 @@ class Follower:
                 raise
             self._take_over(self._engine.superblock, 0)
             return None
-        segment, name = table.segments[row], table.segments[row].record.name
-        facts = self._facts()
-        if name not in facts.names:  # one of the two is about to be replaced
+        segment = table.segments[row]
+        walk = self._walk_over(segment)
+        if walk is None:
             return None
-        if name != self._in:
-            self._enter(segment, facts)
-        walk, count = walk_frames(
-            segment, facts.superblock, facts.removals, lsn=self._at, limit_lsn=limit,
-            out=self._room.native, rows=ROWS, from_op=self._from_op, segment=row,
-        )  # fmt: skip
+        if segment.record.name != self._in:
+            self._enter(segment, walk.superblock)
+        found = walk.native
+        found.from_op, found.segment = self._from_op, row
+        count = walk.run(self._at, min(limit, self._at + AHEAD_BYTES), self._room.native, ROWS)
         if count:
-            entries = self._given(Gathered(table, self._room, count, True, int(walk.stride)))
-            self._at = int(walk.lsn)
+            entries = self._given(Gathered(table, self._room, count, True, int(found.stride)))
+            self._at = int(found.lsn)
             return entries
-        error = walk_error(segment, walk)  # behind entries it comes the next time
+        error = walk.error()  # behind entries it comes the next time
         if error is not None:
             raise error
-        self._at = int(walk.lsn)
-        if walk.stop == lib.MW_WALK_STALE:
-            raise self._stale(int(walk.op))
-        if walk.stop == lib.MW_WALK_GAP:
+        self._at = int(found.lsn)
+        if found.stop == lib.MW_WALK_STALE:
+            raise self._stale(int(found.op))
+        if found.stop == lib.MW_WALK_GAP:
             self._lost()
-            self._at = int(walk.behind_lsn)
-        elif walk.stop == lib.MW_WALK_END or self._at >= segment.record.next_base_lsn:
+            self._at = int(found.behind_lsn)
+        elif found.stop == lib.MW_WALK_END or self._at >= segment.record.next_base_lsn:
             self._at = segment.record.next_base_lsn
         return None
 
-    def _facts(self) -> _Facts:
-        """Of the superblock in force. What it no longer hides may lie in segments that it no longer names."""
-        superblock = self._engine.superblock
-        if self._known is None or self._known.superblock is not superblock:
-            names = frozenset(record.name for record in superblock.segments)
-            self._known = _Facts(superblock, removal_rows(superblock), names)
-        return self._known
+    def _walk_over(self, segment: Segment) -> Walk | None:
+        """As the superblock in force shows it. None: that does not name it, and hides nothing in it any more;
+        one of the two is about to be replaced."""
+        superblock, walk = self._engine.superblock, self._walk
+        if walk is None or walk.segment is not segment or walk.superblock is not superblock:
+            name = segment.record.name
+            if all(record.name != name for record in superblock.segments):
+                return None
+            walk = self._walk = Walk(segment, superblock)
+        return walk
 
-    def _enter(self, segment: Segment, facts: _Facts) -> None:
+    def _enter(self, segment: Segment, superblock: Superblock) -> None:
         """In a new generation of the segment, a gap may stand for what is before and behind the place."""
         base_lsn = segment.record.base_lsn
         if self._at > base_lsn:
-            walk, _ = walk_frames(
-                segment, facts.superblock, facts.removals, lsn=base_lsn, limit_lsn=self._at,
-                from_op=2**63, past_gaps=True,
-            )  # fmt: skip
-            if not walk.failed and walk.lsn > self._at:  # what is wrong there, the next walk tells
+            walk = Walk(segment, superblock, from_op=2**63, past_gaps=True)
+            walk.run(base_lsn, self._at)
+            found = walk.native
+            if not found.failed and found.lsn > self._at:  # what is wrong there, the next walk tells
                 self._lost()
-                self._at = int(walk.lsn)
+                self._at = int(found.lsn)
         self._in = segment.record.name
 
     def _given(self, chunk: Gathered) -> Iterator[Entry]:
         out, count = chunk.out, chunk.rows
+        self._highest_op = max(self._highest_op, int(out.op[:count].max()))
         ops = out.op[:count].tolist()
-        self._highest_op = max(self._highest_op, *ops)
         if self._written:
             self._unproven.extend(zip(out.lsn[:count].tolist(), ops, strict=True))
         self._chunk = chunk

@@ -23,11 +23,11 @@ from mmapwal.index import SlotIndex, published_page
 from mmapwal.opening import check_sizes
 from mmapwal.page import ProgressPage
 from mmapwal.reader import Reader
-from mmapwal.recovery import RecoveryReport, removal_rows
+from mmapwal.recovery import RecoveryReport
 from mmapwal.segment import Segment, SegmentSet, SegmentTable
 from mmapwal.storage import Directory, FileStorage, MemoryDirectory, SyncMethod
 from mmapwal.superblock import SegmentRecord, Superblock, read_superblock
-from mmapwal.walking import walk_error, walk_frames
+from mmapwal.walking import Walk
 
 __all__ = ["Observer", "ObservingReader"]
 
@@ -191,13 +191,16 @@ class Observer(Engine):
         lsns[dead] = 0
 
     def _fill(self, table: SegmentTable, segment: Segment, start: int, limit: int) -> None:
-        superblock = self._superblock
         table.map(table.row(segment.record.base_lsn))
-        walk, _ = walk_frames(
-            segment, superblock, removal_rows(superblock), lsn=start, limit_lsn=limit,
-            slots=self.index.slots, slot_count=self.index.slot_count, past_gaps=True,
-        )  # fmt: skip
-        error = walk_error(segment, walk)
+        walk = Walk(
+            segment,
+            self._superblock,
+            slots=self.index.slots,
+            slot_count=self.index.slot_count,
+            past_gaps=True,
+        )
+        walk.run(start, limit)
+        error = walk.error()
         if error is not None:
             raise error
 

@@ -43,6 +43,12 @@ class ProgressPage:
         _check(lib.mw_follow_word(self.native, out))
         return int(out[0])
 
+    def spin(self, seen: int, timeout_s: float) -> bool:
+        """Blocks, without sleeping, until the word is not `seen`, at most so long: whether it is not."""
+        rc = lib.mw_follow_spin(self.native, seen, int(timeout_s * 1e9))
+        _check(rc)
+        return bool(rc)
+
     def wait(self, seen: int, timeout_s: float) -> None:
         """Blocks until the word is not `seen`, at most so long; a signal ends it, and so may nothing at all.
         Nobody wakes who cannot store to the page."""

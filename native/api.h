@@ -290,6 +290,7 @@ int mw_check_frame(const uint8_t *frames, uint64_t base_lsn, uint64_t capacity, 
 
 int mw_follow_word(const struct mw_index_header *page, uint32_t *wake);
 int mw_follow_sequence(const struct mw_index_header *page, uint64_t *sequence);
+int mw_follow_spin(const struct mw_index_header *page, uint32_t seen, int64_t timeout_ns);
 int mw_follow_wait(struct mw_index_header *page, uint32_t seen, int64_t timeout_ns, int tells);
 void mw_follow_stir(struct mw_index_header *page);
 

@@ -4,9 +4,9 @@
 #include <errno.h>
 #include <limits.h>
 #include <linux/futex.h>
+#include <sched.h>
 #include <string.h>
 #include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "mmapwal.h"
@@ -58,6 +58,40 @@ int mw_follow_sequence(const struct mw_index_header *page, uint64_t *sequence) {
     int rc = mw_guarded(look_at_sequence, &l);
     *sequence = l.sequence;
     return rc;
+}
+
+struct spin {
+    const struct mw_index_header *page;
+    uint32_t seen;
+    uint64_t until_ns;
+};
+
+enum { LOOKS = 64 }; /* between two looks at the clock */
+
+static void relax(void) {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+static int spin(void *arg) {
+    const struct spin *s = arg;
+    do {
+        for (int i = 0; i < LOOKS; i++) {
+            if (__atomic_load_n(&s->page->wake, __ATOMIC_ACQUIRE) != s->seen) return 1;
+            relax();
+        }
+        sched_yield(); /* the processor may be the one that the writer needs */
+    } while (monotonic_ns() < s->until_ns);
+    return 0;
+}
+
+/* As mw_follow_wait, but without sleeping, so that the writer need not wake: 1 when the word is another, else 0. */
+int mw_follow_spin(const struct mw_index_header *page, uint32_t seen, int64_t timeout_ns) {
+    struct spin s = {page, seen, monotonic_ns() + (uint64_t)timeout_ns};
+    return mw_guarded(spin, &s);
 }
 
 struct sleep {

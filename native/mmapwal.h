@@ -4,6 +4,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <time.h>
 
 #include "api.h"
 
@@ -19,6 +20,12 @@ _Static_assert(offsetof(struct mw_index_header, progress) == 64, "progress has i
 _Static_assert(sizeof(struct mw_index_header) <= 512, "the index header is within one sector");
 
 #define MW_ALIGN 8u
+
+static inline uint64_t monotonic_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
 
 /* Runs fn(arg); a SIGBUS in it ends it with -EIO. Arming looks whether the handler is still ours. */
 int mw_guarded(int (*fn)(void *), void *arg);

@@ -7,7 +7,6 @@
 #include <limits.h>
 #include <linux/futex.h>
 #include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "writer.h"
@@ -17,12 +16,6 @@ enum {
     PAUSE_NS = 20000,           /* nobody new for so long: the others are not about to come */
     SKIP_MIN = 4, SKIP_MAX = 64 /* commits that do not wait, after one that waited in vain */
 };
-
-uint64_t monotonic_ns(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
 
 static void sleep_on(uint32_t *word, uint32_t seen) {
     syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0); /* whatever it says, who sleeps looks again */

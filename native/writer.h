@@ -105,7 +105,6 @@ bool segment_wanted(const struct mw_writer *w);
 int wait_durable(struct mw_writer *w);
 void finish(struct mw_writer *w, struct group *g, uint64_t end_lsn, int result);
 void step_down(struct mw_writer *w);
-uint64_t monotonic_ns(void);
 
 int commit_next(struct mw_writer *w);
 

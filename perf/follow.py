@@ -1,13 +1,15 @@
 """What following costs, and how soon one sees: readers in other processes, durable entries of 256 bytes.
 
 How soon: from the return of an append to the moment at which the loop of a reader has the entry. What it
-costs the writer: its durable appends with readers that follow, against none, taken in turn. Catching up:
-follow() over what is there, against entries() over the same.
+costs the writer: its durable appends with readers that follow, against none, taken in turn; and, as a measure
+of what any work beside it costs, with a process that does nothing but give its processor back (sched_yield).
+Catching up: follow() over what is there, against entries() over the same.
 """
 
 from __future__ import annotations
 
 import multiprocessing as mp
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -36,7 +38,7 @@ from common import (
 
 from mmapwal import Journal
 
-READERS = (0, 1, 4)
+READERS = (0, 1, 4, 16)
 LATENCY_US = 30.0
 UNDISTURBED = 0.95
 CATCH_UP = 1.0
@@ -55,6 +57,13 @@ def _follow(path: str, first: int, ready: Any, stop: Any, results: Any) -> None:
         for _ in entries:
             seen.append(clock())
         results.put(seen)
+
+
+def _idle(ready: Any, stop: Any) -> None:
+    """A process that does nothing, but does not sleep."""
+    ready.release()
+    while not stop.is_set():
+        os.sched_yield()
 
 
 @contextmanager
@@ -101,6 +110,19 @@ def appends(path: Path, journal: Journal, readers: int, count: int) -> Any:
     return timing
 
 
+def appends_beside_one_that_yields(journal: Journal, count: int) -> Any:
+    make_room(journal, count)
+    spawn = mp.get_context("spawn")
+    ready, stop = spawn.Semaphore(0), spawn.Event()
+    process = spawn.Process(target=_idle, args=(ready, stop), daemon=True)
+    process.start()
+    ready.acquire()
+    timing = time_each(journal.append, random_bytes(PAYLOAD_BYTES), count)
+    stop.set()
+    process.join()
+    return timing
+
+
 def walk(entries: Any) -> float:
     """Entries a second."""
     start = time.perf_counter_ns()
@@ -114,6 +136,7 @@ def measure(report: Report, folder: Path, rounds: int, scale: int) -> None:
         journal = stack.enter_context(Journal(path, slots=1 << 18))
         lags = [latency(path, journal, 200 * scale) for _ in range(max(3, rounds // 2))]
         contenders = {str(n): partial(appends, path, journal, n, 300 * scale) for n in READERS}
+        contenders["yields"] = partial(appends_beside_one_that_yields, journal, 300 * scale)
         timings = interleave(contenders, rounds)
         there = stack.enter_context(Journal(folder / "there", slots=1 << 18))
         fill(there, 50_000 * scale)
@@ -132,6 +155,8 @@ def measure(report: Report, folder: Path, rounds: int, scale: int) -> None:
             ratios(rates(timings[str(n)]), rates(timings[str(READERS[0])])),
             target=UNDISTURBED if n == 1 else None,
         )
+    beside = ratios(rates(timings["yields"]), rates(timings[str(READERS[0])]))
+    report.add("appends beside one that only yields / none", beside)
     report.add("catching up / entries()", ratios(speeds["follow()"], speeds["entries()"]), target=CATCH_UP)
     alone = [float(np.percentile(lag, 99)) for lag in lags]
     report.add("seen behind the append, p99", alone, "us", at_least=False)
