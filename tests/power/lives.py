@@ -6,6 +6,7 @@ is durable: of a journal that is found later, the notes tell between which two s
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mmapwal import Durability, Journal, SyncMethod
+from mmapwal.storage import MemoryDirectory
 
 from ..crash.story import OP_MAX, Contents
 
@@ -25,6 +27,7 @@ STEPS = {
     "append": 50, "append_many": 15, "fill": 5, "replace": 8, "truncate_from": 5, "drain": 4,
     "set_snapshot_op": 5, "compact": 3, "set_user_data": 2, "sync": 2, "reopen": 3,
 }  # fmt: skip
+APPENDS = {"append", "append_many", "fill", "replace"}
 ONLY_APPENDS = {"append": 80, "append_many": 20}
 STRUCTURE = {"truncate_from", "drain", "set_snapshot_op", "compact", "set_user_data", "reopen"}
 DURABLE = STRUCTURE | {"sync"}
@@ -35,6 +38,10 @@ Step = tuple[str, Callable[[Journal], Any], Contents]
 def slots_of(weights: dict[str, int]) -> int:
     """So few that the watermark has to move; enough where it never does."""
     return 128 if "set_snapshot_op" in weights else 1024
+
+
+def options_of(seed: int, weights: dict[str, int]) -> dict[str, Any]:
+    return OPTIONS | {"slots": slots_of(weights), "commit_align_bytes": [0, 512, 4096][seed % 3]}
 
 
 def life(seed: int, steps: int, weights: dict[str, int]) -> list[Step]:
@@ -91,6 +98,23 @@ def _step(name: str, number: int, contents: Contents, chance: random.Random) -> 
     return name, lambda j: None, contents
 
 
+@functools.cache
+def rotating(seed: int, steps: int) -> frozenset[int]:
+    """The numbers of those that go on in another segment, where each is written before the next begins."""
+    disk, found = MemoryDirectory("life"), set()
+    journal = Journal("life", storage=disk, **options_of(seed, STEPS))
+    for number, (name, act, _) in enumerate(life(seed, steps, STEPS)):
+        tail = journal._engine.state().tail_id
+        act(journal)
+        if name in APPENDS and journal._engine.state().tail_id != tail:
+            found.add(number)
+        if name == "reopen":
+            journal.close()
+            journal = Journal("life", storage=disk, **options_of(seed, STEPS))
+    journal.close()
+    return frozenset(found)
+
+
 def between(notes: bytes) -> tuple[int, int]:
     """The step up to which all is durable, and the last one that has begun."""
     lines = notes[: notes.rfind(b"\n") + 1].split()
@@ -103,7 +127,7 @@ def live(
 ) -> None:
     """The steps of these numbers, then dies. `unsynced`: takes for durable what is only written; whoever
     looks must find the loss."""
-    options |= OPTIONS | {"slots": slots_of(weights), "commit_align_bytes": [0, 512, 4096][seed % 3]}
+    options |= options_of(seed, weights)
     journal = Journal(path, **options)
     durable = options["durability"] is Durability.SYNC or unsynced
     steps = life(seed, numbers.stop - 1, weights)

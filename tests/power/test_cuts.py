@@ -3,26 +3,18 @@ taking the disk as it is at one instant. Nothing acknowledged is lost, nothing i
 
 from __future__ import annotations
 
-import fcntl
-import gc
-import os
 import random
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
 from mmapwal import SyncMethod
 
 from ..crash.story import Contents
-from ..filesystems.conftest import Filesystem, Maker, made_and_removed
+from ..filesystems.conftest import Filesystem, Maker
 from . import crowd, lives
+from .cuts import Cut, Tally, Writer, clones_of, place_for_clones, shut_down
 from .test_torn_sectors import recovered
 
 pytestmark = pytest.mark.power
@@ -32,83 +24,6 @@ DURABILITIES = ["SYNC", "SYNC", "OS", "BUFFERED"]
 STEPS = 400
 CHANGES = {"truncate_from", "drain", "set_snapshot_op", "compact"}
 CLONES_OF_A_LIFE = 5
-FICLONE = 0x40049409
-DISKS_MIB = 4096
-OUTER_MIB = 3072
-Tally = Callable[[str, int], None]
-
-
-@pytest.fixture
-def power_cycles(pytestconfig: pytest.Config) -> int:
-    """How many cuts for each combination."""
-    return int(pytestconfig.getoption("power_cycles"))
-
-
-@pytest.fixture
-def disks(tmp_path: Path, require: Callable[[object, str], None]) -> Iterator[Path]:
-    """Where the disks are: in memory, so that only the file systems on them take time."""
-    require(os.geteuid() == 0, "mounting needs root")
-    path = tmp_path / "disks"
-    path.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISKS_MIB}m", "tmpfs", path], check=True)
-    yield path
-    unmount(path)
-
-
-@pytest.fixture
-def make(disks: Path, require: Callable[[object, str], None]) -> Iterator[Maker]:
-    """Makes file systems in image files."""
-    (disks / "made").mkdir()
-    with made_and_removed(disks / "made", require) as maker:
-        yield maker
-
-
-# --- who writes -----------------------------------------------------------------------------------------
-
-
-class Writer:
-    """A module of this folder as a process; what it notes is read as it comes."""
-
-    def __init__(self, notes: Path, module: str, *arguments: object) -> None:
-        self._notes = notes
-        self._errors = notes.with_suffix(".errors")
-        command = [sys.executable, "-W", "error", "-m", f"tests.power.{module}", *map(str, arguments)]
-        with notes.open("wb") as out, self._errors.open("wb") as errors:
-            self.process = subprocess.Popen(command, stdout=out, stderr=errors, cwd=Path(__file__).parents[2])
-
-    @property
-    def noted(self) -> bytes:
-        return self._notes.read_bytes()
-
-    def wait_for(self, wanted: bytes) -> bytes:
-        """All that is noted as soon as that is."""
-        return self._wait(lambda noted: wanted in noted)
-
-    def wait_for_more(self, more_bytes: int) -> bytes:
-        """All that is noted when it is so much more than now, or the writer is through."""
-        wanted_bytes = len(self.noted) + more_bytes
-        return self._wait(lambda noted: len(noted) >= wanted_bytes or self.process.poll() == 0)
-
-    def _wait(self, done: Callable[[bytes], bool]) -> bytes:
-        deadline = time.monotonic() + 60
-        while True:
-            ended = self.process.poll() is not None  # before the look: it may end right behind it
-            noted = self.noted
-            if done(noted):
-                return noted
-            assert not ended, self._errors.read_text()
-            assert time.monotonic() < deadline
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-
-class Cut(NamedTuple):
-    """What was noted before the power went, and all that ever was."""
-
-    before: bytes
-    after: bytes
 
 
 class Counts:
@@ -116,7 +31,7 @@ class Counts:
 
     def __init__(self, what: str, tally: Tally, weights: dict[str, int] = lives.STEPS) -> None:
         self.what, self._tally, self._weights = what, tally, weights
-        self.cuts = self.changing = self.besides = self.lost = 0
+        self.cuts = self.changing = self.rotating = self.besides = self.lost = 0
 
     def take(self, seed: int, cut: Cut, found: Contents, durability: str, *, may_lose: bool = False) -> None:
         steps = lives.life(seed, STEPS, self._weights)
@@ -132,38 +47,34 @@ class Counts:
         self.lost += at < durable
         if begun == begun_before > durable_after:  # it had begun before the cut, and had not ended after it
             self.cuts += 1
-            self.changing += steps[begun][0] in CHANGES
+            rotates = durability == "SYNC" and begun in lives.rotating(seed, STEPS)
+            self.rotating += rotates
+            self.changing += rotates or steps[begun][0] in CHANGES
         else:
             self.besides += 1
 
     def tell(self) -> None:
         self._tally(f"cuts of {self.what}, an operation in flight", self.cuts)
-        self._tally(
-            f"cuts of {self.what}: a truncation, drain, watermark or compaction in flight", self.changing
-        )
+        self._tally(f"cuts of {self.what}: a change of structure in flight", self.changing)
+        self._tally(f"cuts of {self.what}: a rotation in flight", self.rotating)
         self._tally(f"cuts of {self.what}: besides, between two operations", self.besides)
         assert self.changing >= self.cuts // 5
 
 
 def moment(seed: int, chance: random.Random) -> bytes:
-    """The note of a step whose beginning is waited for: a change of structure in half of the cases."""
+    """The note of a step whose beginning is waited for: in a third of the cases each a rotation, another
+    change of structure, and any."""
     steps = lives.life(seed, STEPS, lives.STEPS)
     numbers = range(10, STEPS)
-    if chance.random() < 0.5:
-        return b"+%d\n" % chance.choice([n for n in numbers if steps[n][0] in CHANGES])
-    return b"+%d\n" % chance.choice(numbers)
+    pools = [
+        [n for n in numbers if steps[n][0] in CHANGES],
+        [n for n in numbers if n in lives.rotating(seed, STEPS)],
+        numbers,
+    ]
+    return b"+%d\n" % chance.choice(chance.choice(pools) or numbers)
 
 
 # --- the file system is shut down -----------------------------------------------------------------------
-
-
-def shut_down(filesystem: Filesystem, writer: Writer, wait: Callable[[], bytes]) -> Cut:
-    before = wait()  # what returns from now on may be lost: a sync in flight can say that it was done
-    filesystem.cut_power()
-    writer.kill()
-    after = writer.noted
-    filesystem.mount_again()
-    return Cut(before, after)
 
 
 def cut_a_life(
@@ -210,80 +121,6 @@ def test_shut_down_under_a_journal_that_does_not_sync_it_is_caught(
 
 
 # --- the disk as it is at one instant -------------------------------------------------------------------
-
-
-@contextmanager
-def place_for_clones(where: Path) -> Iterator[Path]:
-    """An xfs that shares blocks, so that an image is cloned at one instant."""
-    image, path = where / "outer.img", where / "outer"
-    with image.open("wb") as f:
-        f.truncate(OUTER_MIB << 20)
-    path.mkdir()
-    for command in (["mkfs.xfs", "-q", "-f", "-m", "reflink=1", image], ["mount", "-o", "loop", image, path]):
-        subprocess.run(command, check=True)
-    try:
-        yield path
-    finally:
-        unmount(path)
-        image.unlink()
-
-
-def unmount(path: Path) -> None:
-    """Views that a failed check holds keep a mount busy: it is detached then, and ends with them."""
-    gc.collect()
-    if subprocess.run(["umount", path], check=False, stderr=subprocess.DEVNULL).returncode != 0:
-        subprocess.run(["umount", "-l", path], check=True)
-
-
-def clone(image: Path, target: Path) -> None:
-    with image.open("rb") as source, target.open("wb") as made:
-        fcntl.ioctl(made, FICLONE, source.fileno())
-
-
-@contextmanager
-def mounted_clone(kind: str, image: Path) -> Iterator[Path]:
-    path = image.with_suffix("")
-    path.mkdir()
-    option = ",nouuid" if kind == "xfs" else ""
-    subprocess.run(["mount", "-o", f"loop{option}", image, path], check=True)
-    try:
-        yield path
-    finally:
-        unmount(path)
-        image.unlink()
-        if kind == "btrfs":  # or the next clone is taken for the same file system
-            subprocess.run(["btrfs", "device", "scan", "--forget"], check=True, stdout=subprocess.DEVNULL)
-
-
-def clones_of(
-    kind: str,
-    outer: Path,
-    require: Callable[[object, str], None],
-    notes: Path,
-    arguments: Callable[[Path], tuple[object, ...]],
-    waits: list[Callable[[Writer], bytes]],
-) -> Iterator[tuple[Cut, Path]]:
-    """Clones of the disk under a writer, one after each wait; each is mounted while it is looked at."""
-    cuts: list[tuple[Cut, Path]] = []
-    place = Path(tempfile.mkdtemp(dir=outer))
-    (place / "original").mkdir()
-    with made_and_removed(place / "original", require) as make:
-        filesystem = make(kind)
-        assert filesystem.image is not None
-        writer = Writer(notes, *map(str, arguments(filesystem.path / "j")))
-        try:
-            for number, wait in enumerate(waits):
-                before = wait(writer)
-                target = place / f"clone-{number}.img"
-                clone(filesystem.image, target)
-                cuts.append((Cut(before, writer.noted), target))
-        finally:
-            writer.kill()
-    if kind == "btrfs":
-        subprocess.run(["btrfs", "device", "scan", "--forget"], check=True, stdout=subprocess.DEVNULL)
-    for cut, image in cuts:
-        with mounted_clone(kind, image) as path:
-            yield cut, path / "j"
 
 
 @pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs"])

@@ -29,12 +29,6 @@ CROWD_ENTRIES = 60  # of each thread
 Tally = Callable[[str, int], None]
 
 
-@pytest.fixture
-def power_cycles(pytestconfig: pytest.Config) -> int:
-    """How many images for each combination."""
-    return int(pytestconfig.getoption("power_cycles"))
-
-
 class Life:
     """A life of a journal on a disk, and the images of the disk that a cut could have left."""
 
