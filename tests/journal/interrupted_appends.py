@@ -5,6 +5,7 @@ Arguments: path, seconds, seed. Prints counts as JSON; any other end is a failur
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import random
@@ -15,7 +16,7 @@ import time
 from collections import defaultdict
 from typing import Any
 
-from mmapwal import Journal
+from mmapwal import Journal, PoisonedError
 
 THREADS = 4
 
@@ -39,67 +40,88 @@ class Handler:
 class Appender:
     """What one thread submitted, and what it was told."""
 
-    def __init__(self, journal: Journal, name: int) -> None:
-        self._journal = journal
+    def __init__(self, name: int) -> None:
         self._name = name
         self._numbers = itertools.count()
         self.submitted: set[bytes] = set()
         self.told: dict[int, bytes] = {}
 
-    def append(self) -> None:
+    def _append(self, journal: Journal) -> None:
         number = next(self._numbers)
         count = 1 if number % 5 else 7
         batch = [b"%d.%d.%d/%d" % (self._name, number, i, count) for i in range(count)]
         self.submitted.update(batch)
         if count == 1:
-            self.told[self._journal.append(batch[0])] = batch[0]
+            self.told[journal.append(batch[0])] = batch[0]
         else:
-            self.told.update(zip(self._journal.append_many(batch), batch, strict=True))
+            self.told.update(zip(journal.append_many(batch), batch, strict=True))
         if number % 97 == 0:
-            self._journal.sync()
+            journal.sync()
 
-    def work(self, deadline: float) -> None:
-        while time.monotonic() < deadline:
-            self.append()
+    def work(self, journal: Journal, deadline: float) -> None:
+        """Until then, or the end of the journal by an interrupt."""
+        try:
+            while time.monotonic() < deadline:
+                self._append(journal)
+        except PoisonedError as e:
+            if not isinstance(e.__cause__, AlarmError | KeyboardInterrupt):
+                raise
 
 
-def main(path: str, seconds: float, seed: int) -> dict[str, int]:
-    handler, deadline, chance = Handler(), time.monotonic() + seconds, random.Random(seed)
-    for number in (signal.SIGALRM, signal.SIGINT):
-        signal.signal(number, handler)
+def live(
+    path: str, handler: Handler, appenders: list[Appender], deadline: float, chance: random.Random
+) -> Any:
+    """Until then, or the end of the journal; (signals, interrupts)."""
     journal = Journal(path, slots=1 << 18, segment_bytes=1 << 16)
-    mine, *others = [Appender(journal, name) for name in range(THREADS)]
-    threads = [threading.Thread(target=other.work, args=(deadline,)) for other in others]
+    mine, *others = appenders
+    threads = [threading.Thread(target=other.work, args=(journal, deadline)) for other in others]
     for thread in threads:
         thread.start()
     targets = [threading.get_ident()] * 3 + [thread.ident or 0 for thread in threads]
     interrupted, signals = 0, [0]
 
     def kill() -> None:  # in the other threads no handler runs: the signal ends what they wait in
-        while time.monotonic() < deadline - 0.1:
+        while time.monotonic() < deadline - 0.1 and all(thread.is_alive() for thread in threads):
             time.sleep(chance.random() * 0.002)
             signal.pthread_kill(chance.choice(targets), chance.choice([signal.SIGINT, signal.SIGALRM]))
             signals[0] += 1
 
     killer = threading.Thread(target=kill)
     killer.start()
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline and journal.poisoned is None:
         try:
             handler.armed = True
-            mine.work(deadline)
+            mine.work(journal, deadline)
             handler.armed = False
         except (AlarmError, KeyboardInterrupt):
             interrupted += 1
+    handler.armed = False
     for thread in (killer, *threads):
         thread.join(30)
-    if any(thread.is_alive() for thread in threads) or journal.poisoned is not None:
-        raise SystemExit(f"a thread hangs, or it is poisoned: {journal.poisoned}")
-    journal.close()
-    told = {op: payload for each in (mine, *others) for op, payload in each.told.items()}
-    submitted = mine.submitted.union(*(other.submitted for other in others))
+    if any(thread.is_alive() for thread in threads):
+        raise SystemExit(f"a thread hangs; poisoned: {journal.poisoned}")
+    poisoned = journal.poisoned is not None
+    with contextlib.suppress(PoisonedError):
+        journal.close()
+    return signals[0], interrupted, poisoned
+
+
+def main(path: str, seconds: float, seed: int) -> dict[str, int]:
+    handler, deadline, chance = Handler(), time.monotonic() + seconds, random.Random(seed)
+    for number in (signal.SIGALRM, signal.SIGINT):
+        signal.signal(number, handler)
+    appenders = [Appender(name) for name in range(THREADS)]
+    lives = []
+    while (
+        time.monotonic() < deadline
+    ):  # an append that made a segment, interrupted behind its commit, ends one
+        lives.append(live(path, handler, appenders, deadline, chance))
+    told = {op: payload for each in appenders for op, payload in each.told.items()}
+    submitted = set().union(*(each.submitted for each in appenders))
     found = check(path, told, submitted)
+    signals, interrupted, poisoned = (sum(column) for column in zip(*lives, strict=True))
     return {
-        "signals": signals[0], "interrupted": interrupted, "acknowledged": len(told),
+        "signals": signals, "interrupted": interrupted, "poisoned by it": poisoned, "acknowledged": len(told),
         "unknown, and there": found - len(told), "unknown, and not there": len(submitted) - found,
     }  # fmt: skip
 
