@@ -19,6 +19,7 @@ from typing import Any
 from mmapwal import Journal, PoisonedError
 
 THREADS = 4
+INTERRUPTS_MIN, TOLD_MIN = 21, 101  # on a slow machine it goes on until then
 
 
 class AlarmError(Exception):
@@ -71,7 +72,7 @@ class Appender:
 def live(
     path: str, handler: Handler, appenders: list[Appender], deadline: float, chance: random.Random
 ) -> Any:
-    """Until then, or the end of the journal; (signals, interrupts)."""
+    """Until then, or the end of the journal; (signals, interrupts, whether it ended)."""
     journal = Journal(path, slots=1 << 18, segment_bytes=1 << 16)
     mine, *others = appenders
     threads = [threading.Thread(target=other.work, args=(journal, deadline)) for other in others]
@@ -111,11 +112,14 @@ def main(path: str, seconds: float, seed: int) -> dict[str, int]:
     for number in (signal.SIGALRM, signal.SIGINT):
         signal.signal(number, handler)
     appenders = [Appender(name) for name in range(THREADS)]
-    lives = []
-    while (
-        time.monotonic() < deadline
-    ):  # an append that made a segment, interrupted behind its commit, ends one
-        lives.append(live(path, handler, appenders, deadline, chance))
+    lives: list[Any] = []
+
+    def goes_on() -> bool:
+        few = sum(n for _, n, _ in lives) < INTERRUPTS_MIN or sum(len(a.told) for a in appenders) < TOLD_MIN
+        return time.monotonic() < deadline or few
+
+    while goes_on():  # an append that made a segment, interrupted behind its commit, ends a life
+        lives.append(live(path, handler, appenders, max(deadline, time.monotonic() + 1), chance))
     told = {op: payload for each in appenders for op, payload in each.told.items()}
     submitted = set().union(*(each.submitted for each in appenders))
     found = check(path, told, submitted)

@@ -17,6 +17,7 @@ from typing import Any
 
 from mmapwal import Journal, PoisonedError
 
+INTERRUPTS_MIN, CHANGES_MIN = 21, 51  # on a slow machine it goes on until then
 SIZES: dict[str, Any] = {"slots": 4096, "segment_bytes": 1 << 14}
 
 
@@ -112,26 +113,29 @@ def main(path: str, seconds: float, seed: int) -> dict[str, int]:
     me, chance = threading.get_ident(), random.Random(seed)
     interrupted = poisoned = lives = 0
 
+    def goes_on() -> bool:
+        return time.monotonic() < deadline or interrupted < INTERRUPTS_MIN or life.changes < CHANGES_MIN
+
     def kill() -> None:
-        while time.monotonic() < deadline:
+        while goes_on():
             time.sleep(chance.random() * 0.006)
             signal.pthread_kill(me, signal.SIGALRM)
 
     killer = threading.Thread(target=kill)
     killer.start()
-    while time.monotonic() < deadline:
-        journal, goes_on = life.open(), True
-        while goes_on and time.monotonic() < deadline:
+    while goes_on():
+        journal, stays = life.open(), True
+        while stays and goes_on():
             try:
                 handler.armed = True
-                while time.monotonic() < deadline:
+                while goes_on():
                     life.change(journal)
                 handler.armed = False
             except AlarmError:
                 interrupted += 1
-                goes_on = life.chance(0.8)
+                stays = life.chance(0.8)
             except PoisonedError:
-                handler.armed = goes_on = False
+                handler.armed = stays = False
                 poisoned += 1
         while not journal._engine.closed:
             try:

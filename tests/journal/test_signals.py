@@ -35,11 +35,11 @@ def test_handlers_that_raise_into_appends_leave_no_hang_and_each_outcome_is_know
 ) -> None:
     """Batches are whole, nothing that was told is lost, nothing that was not submitted is there."""
     result = run("appends")
-    assert result["interrupted"] > 0  # how many, the machine says
-    assert result["acknowledged"] > 0
+    assert result["interrupted"] > 20
+    assert result["acknowledged"] > 100
 
 
 def test_handlers_that_raise_into_changes_of_structure_lose_nothing_and_invent_nothing(run: Run) -> None:
     result = run("changes")
-    assert result["interrupted"] > 0  # how many, the machine says
-    assert result["changes"] > 0
+    assert result["interrupted"] > 20
+    assert result["changes"] > 50
