@@ -22,10 +22,8 @@ from typing import Any
 from mmapwal import BusyError, Journal, JournalError
 from mmapwal import format as fmt
 
-SIZES: dict[str, Any] = {
-    "slots": 1 << 16,
-    "segment_bytes": 1 << 21,
-}  # more than one page of the index in each
+# The entries of a segment take more than one page of the index.
+SIZES: dict[str, Any] = {"slots": 1 << 16, "segment_bytes": 1 << 21}
 FIRST = 400
 WRITERS = 3
 LINGER_S = 30

@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,8 +66,17 @@ def assert_all_there(path: Path, told: list[tuple[int, int, int]]) -> None:
         journal.append(b"goes on")
 
 
-def some_failed(ended: dict[str, dict[str, int]], ways: list[str]) -> bool:
-    return all(set(ended[way]) - {"well"} for way in ways)
+def told_by_a_crowd(path: Path, failure: Callable[[], AbstractContextManager[None]], *arguments: str) -> Any:
+    """What it tells when the file system fails under it: every way to append has, and nobody was killed."""
+    with crowd(path, *arguments) as running:
+        with failure():
+            running.send()
+            found = json.loads(running.line())
+        running.send()
+        assert running.line() == "PoisonedError"
+        assert running.process.wait(60) == 0
+    assert all(set(found["ended"][way]) - {"well"} for way in APPENDS)
+    return found
 
 
 @pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs"])  # on tmpfs a look at a hole fills it
@@ -77,16 +86,8 @@ def test_stores_into_an_index_with_holes_on_a_full_disk_poison_and_kill_nobody(
 ) -> None:
     filesystem = make_filesystem(kind)
     path = filesystem.path / "j"
-    with crowd(path, faults, "sparse") as running:
-        with filesystem.full():
-            running.send()
-            found: dict[str, Any] = json.loads(running.line())
-        running.send()
-        afterwards = running.line()
-        assert running.process.wait(60) == 0
-    assert some_failed(found["ended"], APPENDS)
+    found = told_by_a_crowd(path, filesystem.full, faults, "sparse")
     assert "a store into the index" in found["poisoned"]
-    assert afterwards == "PoisonedError"
     assert_all_there(path, found["told"])
 
 
@@ -97,14 +98,7 @@ def test_a_file_system_that_is_shut_down_under_threads_is_told_to_all_who_write_
 ) -> None:
     filesystem = make_filesystem(kind)
     path = filesystem.path / "j"
-    with crowd(path, faults) as running:
-        filesystem.cut_power()
-        running.send()
-        found: dict[str, Any] = json.loads(running.line())
-        running.send()
-        assert running.line() == "PoisonedError"
-        assert running.process.wait(60) == 0
-    assert some_failed(found["ended"], APPENDS)
+    found = told_by_a_crowd(path, lambda: nullcontext(filesystem.cut_power()), faults)
     assert found["poisoned"]
     filesystem.mount_again()
     assert_all_there(path, found["before"])

@@ -33,7 +33,7 @@ class Counts:
 
     def __init__(self, what: str, tally: Tally) -> None:
         self.what, self._tally = what, tally
-        self.cuts = self.besides = self.done = 0
+        self.cuts = self.besides = 0
 
     def take(self, path: Path, cut: Cut, before: int = 0) -> int:
         """How many commands there are. `before`: how many there were when the writer began."""
