@@ -261,7 +261,7 @@ READING = (
         ),
         Method.DAMAGE,
         Failure.WRONG,
-        "tests/unit/test_replica.py::test_a_snapshot_that_no_superblock_names_is_ignored",
+        "tests/unit/test_recovery_of_replicas.py::test_a_snapshot_that_no_superblock_names_is_ignored",
     ),
     Mutant(
         "lock not taken",
