@@ -178,6 +178,12 @@ def killed(home: Home, journal: Journal) -> Home:
         return home.after_kill()
 
 
+def without_index(home: Home) -> Home:
+    """The same home, where a recovery has only the segments to go by."""
+    home.directory().unlink(fmt.INDEX_NAME)
+    return home
+
+
 def every_end(home: Home, journal: Journal) -> Iterator[Journal]:
     """The journal as it is, what a kill leaves of it, and what a close leaves of it."""
     yield journal

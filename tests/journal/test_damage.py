@@ -29,6 +29,7 @@ from .files import (
     put,
     read,
     refused,
+    without_index,
     write,
 )
 
@@ -47,11 +48,6 @@ def filled(home: Home, **options: Any) -> Journal:
 
 def up_to(op: int) -> dict[int, tuple[bytes, int]]:
     return {n: (p, 0) for n, p in PAYLOADS.items() if n <= op}
-
-
-def without_index(home: Home) -> Home:
-    home.directory().unlink(fmt.INDEX_NAME)
-    return home
 
 
 # --- a torn tail --------------------------------------------------------------------------------------
@@ -361,23 +357,6 @@ def test_a_misdirected_write_refuses(home: Home) -> None:
     data = read(left.directory(), frames[4].name)
     write(left.directory(), frames[2].name, frames[2].at, data[frames[4].at : frames[4].at + frames[4].bytes])
     assert refused(left).lsn == frames[2].lsn
-
-
-def test_a_lost_write_refuses(home: Home) -> None:
-    """The sector fell back to an older state that is right by itself: the chain breaks behind it."""
-    journal = home.open(**SMALL, durability=Durability.OS, clock=lambda: 1)
-    journal.append(b"a" * 40)
-    journal.append(b"b" * 40)
-    older = without_index(killed(home, journal))
-    frame = entry_frames(older.directory())[2]
-    old = read(older.directory(), frame.name)[frame.at : frame.at + frame.bytes]
-    flip(older.directory(), frame.name, frame.at)
-    journal = older.open()
-    journal.append(b"c" * 40)
-    journal.append(b"d" * 40)
-    left = killed(older, journal)
-    write(left.directory(), frame.name, frame.at, old)
-    assert refused(left).lsn == frame.lsn
 
 
 def test_a_frame_inside_a_payload_is_no_frame(home: Home) -> None:

@@ -6,15 +6,21 @@ from collections.abc import Callable
 
 import pytest
 
-from mmapwal import Durability
-from mmapwal import format as fmt
+from mmapwal import Durability, Journal
 
-from .files import SMALL, Home, entry_frames, flip, frames_of, killed, read, refused, write
-
-
-def without_index(home: Home) -> Home:
-    home.directory().unlink(fmt.INDEX_NAME)
-    return home
+from .files import (
+    SMALL,
+    Frame,
+    Home,
+    entry_frames,
+    flip,
+    frames_of,
+    killed,
+    read,
+    refused,
+    without_index,
+    write,
+)
 
 
 @pytest.mark.parametrize("kind", ["mapped", "memory"], indirect=True)
@@ -34,9 +40,9 @@ def test_the_frames_of_another_journal_are_no_frames_here(make_home: Callable[[s
     assert refused(ours).lsn == first.lsn
 
 
-def test_a_lost_write_of_an_epoch_that_is_over_refuses(home: Home) -> None:
-    """The sector fell back to a frame that a cut had left behind. Its epoch is that of the frame before, so
-    only the link of the next one tells."""
+def written_anew(home: Home) -> tuple[Home, Journal, Frame, bytes]:
+    """A journal whose second entry was damaged and cut off, and two appended since: its home, itself, the
+    frame of the entry that is gone, and the bytes of that frame. Another one lies there now."""
     journal = home.open(**SMALL, durability=Durability.OS, clock=lambda: 1)
     journal.append(b"a" * 40)
     journal.append(b"b" * 40)
@@ -47,6 +53,21 @@ def test_a_lost_write_of_an_epoch_that_is_over_refuses(home: Home) -> None:
     journal = older.open()
     journal.append(b"c" * 40)
     journal.append(b"d" * 40)
+    return older, journal, frame, old
+
+
+def test_a_lost_write_refuses(home: Home) -> None:
+    """The sector fell back to an older state that is right by itself: the chain breaks behind it."""
+    older, journal, frame, old = written_anew(home)
+    left = killed(older, journal)
+    write(left.directory(), frame.name, frame.at, old)
+    assert refused(left).lsn == frame.lsn
+
+
+def test_a_lost_write_of_an_epoch_that_is_over_refuses(home: Home) -> None:
+    """The sector fell back to a frame that a cut had left behind. Its epoch is that of the frame before, so
+    only the link of the next one tells."""
+    older, journal, frame, old = written_anew(home)
     over = killed(older, journal)
     left = killed(over, over.open())
     write(left.directory(), frame.name, frame.at, old)
