@@ -11,10 +11,12 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 from mmapwal import format as fmt
 from mmapwal._native import ffi, lib
+from mmapwal.aside import uninterrupted
 from mmapwal.disposal import Disposal
 from mmapwal.errors import (
     BusyError,
@@ -104,7 +106,8 @@ class Engine:
         self.removing_thread = 0  # who holds back appends: removal._holding()
         self.forked = False
         self.writer: Any = None
-        self._poison: tuple[str, BaseException | None] | None = None
+        self._poisons: list[tuple[str, BaseException | None]] = []  # the first one counts
+        self._poison_told = False
         self._poison_guard = threading.RLock()
         self._settled = False  # closed as far as the files go
         self.closed = False  # and all is let go
@@ -226,30 +229,43 @@ class Engine:
     # --- errors -----------------------------------------------------------------------------------
 
     def poison(self, stage: str, cause: BaseException | None) -> None:
-        with self._poison_guard:
-            if self._poison is None:
-                self._poison = (stage, _without_frames(stage, cause))
+        self._mark_poisoned(stage, cause)
+        self._tell_poison()
+
+    def _mark_poisoned(self, stage: str, cause: BaseException | None) -> None:
+        if not self._poisons:
+            self._poisons.append((stage, cause))
         if self.writer is not None:
             code = cause.errno if isinstance(cause, OSError) and cause.errno else errno.EIO
             lib.mw_writer_poison(self.writer, -code)
 
+    def _tell_poison(self) -> tuple[str, BaseException | None]:
+        """The first failure; logged once. It is kept as long as the journal, so without its frames."""
+        with self._poison_guard:  # the first who asks takes the cause, for all
+            if not self._poisons:
+                self._poisons.append(self._poison_of_writer())
+            stage, cause = self._poisons[0]
+            if not self._poison_told:
+                log.error("the journal is poisoned by a failure in %s", stage, exc_info=cause)
+                self._poison_told = True
+            return stage, cause.with_traceback(None) if cause is not None else None
+
+    def _poison_of_writer(self) -> tuple[str, BaseException]:
+        """What ended it in C."""
+        state = self.state()
+        stage = STAGES.get(state.poison_stage, "an unknown stage")
+        for segment in self.segments.table.segments:
+            if (cause := segment.take_error()) is not None:
+                return stage, cause
+        tail = self.segments.by_id(state.tail_id)
+        name = tail.record.name if tail is not None else None
+        return stage, OSError(state.poison_errno, os.strerror(state.poison_errno), name)
+
     def poisoned(self) -> PoisonedError:
         """A new error each time, with the first cause."""
-        with self._poison_guard:  # the first who asks takes the cause, for all
-            if self._poison is None:
-                state = self.state()
-                cause: BaseException | None = next(
-                    (e for s in self.segments.table.segments if (e := s.take_error()) is not None), None
-                )
-                if cause is None:
-                    segment = self.segments.by_id(state.tail_id)
-                    name = segment.record.name if segment is not None else None
-                    cause = OSError(state.poison_errno, os.strerror(state.poison_errno), name)
-                stage = STAGES.get(state.poison_stage, "an unknown stage")
-                self._poison = (stage, _without_frames(stage, cause))
-            stage, first = self._poison
+        stage, cause = self._tell_poison()
         error = PoisonedError(stage)
-        error.__cause__ = first
+        error.__cause__ = cause
         return error
 
     def error(self, code: int, op: int | None = None) -> Exception:
@@ -287,29 +303,47 @@ class Engine:
     # --- changes of structure ---------------------------------------------------------------------
 
     def change(self, new: Superblock, apply: Callable[[], T]) -> T:
-        """Commits `new`, then lets memory follow by `apply`. The caller holds `structure`.
+        """Commits `new`, then lets memory follow by `apply`, which takes no lock that the caller may hold.
+        The caller holds `structure`.
 
         OSError: nothing has happened. Any exception after the commit began poisons the journal, since
-        memory and disk may differ then.
+        memory and disk may differ then. A signal handler's comes before it or behind it, where the
+        directory allows threads.
         """
         if self._settled:
             raise ClosedError("the journal is closed")
         if self.state().poison_stage:
             raise self.poisoned()
+        work: Callable[[], T] = partial(self._change, new, apply)
+        if self.directory.concurrent:
+            work = partial(uninterrupted, work)
+        try:
+            try:
+                return work()
+            except OSError as e:
+                if not self.made_room(e):
+                    raise
+            return work()
+        except PoisonedError:
+            error = self.poisoned()
+            raise error from error.__cause__
+
+    def _change(self, new: Superblock, apply: Callable[[], T]) -> T:
+        """Nothing in here logs, or takes a lock that the main thread may hold while it waits for this."""
         before = self._file.current
         try:
-            self._commit(new)
+            self._file.commit(new)
             self.segments.follow(self._file.current.segments)
             result = apply()
             self._note_superblock()
-        except PoisonedError as e:
-            self.poison(e.stage, e.__cause__)
-            raise self.poisoned() from e.__cause__
         except BaseException as e:
             if self._file.current is before and not self._file.in_doubt:
                 raise
-            self.poison("taking over the new superblock", e)
-            raise self.poisoned() from e
+            stage, cause = "taking over the new superblock", e
+            if isinstance(e, PoisonedError):
+                stage, cause = e.stage, e.__cause__ or e
+            self._mark_poisoned(stage, cause)
+            raise PoisonedError(stage) from cause
         return result
 
     def _note_superblock(self) -> None:
@@ -317,14 +351,6 @@ class Engine:
         rc = lib.mw_writer_note_superblock(self.writer, self.superblock.sequence)
         if rc < 0:
             raise OSError(-rc, "a store into the index failed", fmt.INDEX_NAME)
-
-    def _commit(self, new: Superblock) -> None:
-        try:
-            self._file.commit(new)
-        except OSError as e:
-            if not self.made_room(e):
-                raise
-            self._file.commit(new)
 
     def made_room(self, error: OSError) -> bool:
         """Whether, on a full disk, what is only made ahead or on its way out has made room: try again."""
@@ -525,12 +551,6 @@ class Engine:
         if self.writer is not None:
             lib.mw_writer_fork(self.writer)
         self.directory.after_fork()
-
-
-def _without_frames(stage: str, cause: BaseException | None) -> BaseException | None:
-    """The cause is kept as long as the journal, so without the frames that it came through."""
-    log.error("the journal is poisoned by a failure in %s", stage, exc_info=cause)
-    return cause.with_traceback(None) if cause is not None else None
 
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()

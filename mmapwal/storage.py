@@ -13,6 +13,7 @@ import os
 import stat
 import threading
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, Self, runtime_checkable
 
@@ -154,7 +155,7 @@ class Mapping:
     def __init__(self, fd: int, length: int, *, writable: bool, name: str) -> None:
         address = ffi.new("void **")
         _check(lib.mw_map(fd, length, writable, address), name)
-        self.address = ffi.gc(address[0], lambda at: lib.mw_unmap(at, length))
+        self.address = ffi.gc(address[0], partial(lib.mw_unmap, length))  # no bytecode: no interrupt
         self.length = length
         whole = memoryview(ffi.buffer(self.address, length))
         self.view = whole if writable else whole.toreadonly()

@@ -153,7 +153,7 @@ int mw_fd_sync(int fd);
 int mw_fd_start_writeback(int fd, uint64_t offset, uint64_t bytes);
 int mw_fd_datasync(int fd);
 int mw_map(int fd, uint64_t bytes, int writable, void **address);
-void mw_unmap(void *address, uint64_t bytes);
+void mw_unmap(uint64_t bytes, void *address);
 int mw_map_sync(void *address, uint64_t bytes);
 int mw_populate(void *address, uint64_t bytes, int writable);
 int mw_resident(void *address, uint64_t bytes);
@@ -435,3 +435,7 @@ int mw_committer_kick(struct mw_writer *w);
 int mw_committer_lead(struct mw_writer *w);
 int mw_committer_start(struct mw_writer *w, int event_fd, int threaded);
 int mw_committer_stop(struct mw_writer *w);
+
+/* ---- threads ---- */
+
+int mw_aside(void (*run)(void *), void *arg);

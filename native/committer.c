@@ -1,7 +1,6 @@
 /* Committing for those who do not wait: an event loop submits entries, a thread of ours commits them, and an
  * eventfd tells the loop once for all that became certain together. A ticket numbers each submission. */
 #include <errno.h>
-#include <signal.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -115,19 +114,6 @@ static void *run(void *arg) {
     return NULL;
 }
 
-static int start_thread(struct mw_writer *w) {
-    sigset_t others, before; /* signals are for the interpreter's threads, but a fault is of who makes it */
-    static const int faults[] = {SIGBUS, SIGSEGV, SIGFPE, SIGILL};
-    sigfillset(&others);
-    for (size_t i = 0; i < sizeof faults / sizeof *faults; i++) sigdelset(&others, faults[i]);
-    pthread_sigmask(SIG_SETMASK, &others, &before);
-    w->committer_running = true;
-    int rc = pthread_create(&w->committer, NULL, run, w);
-    if (rc != 0) w->committer_running = false;
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    return -rc;
-}
-
 /* From now on outcomes are told by `event_fd`. With `threaded` a thread commits when it is kicked; else who
  * submits does, by mw_committer_lead. -EBUSY: somebody has it already. */
 int mw_committer_start(struct mw_writer *w, int event_fd, int threaded) {
@@ -135,7 +121,11 @@ int mw_committer_start(struct mw_writer *w, int event_fd, int threaded) {
     pthread_mutex_lock(&w->mutex);
     int rc = check_usable(w);
     if (rc == 0 && (w->event_fd >= 0 || w->committer_ending || has_tickets(w))) rc = -EBUSY;
-    if (rc == 0 && threaded) rc = start_thread(w);
+    if (rc == 0 && threaded) {
+        w->committer_running = true;
+        rc = start_thread(&w->committer, run, w);
+        w->committer_running = rc == 0;
+    }
     if (rc == 0) {
         w->event_fd = event_fd;
         w->staged_ticket = w->completed_ticket = 0;

@@ -1,4 +1,4 @@
-"""What cffi needs to know: the declarations of api.h, and the calls back into an injected storage."""
+"""What cffi needs to know: the declarations of api.h, and the calls back into Python."""
 
 from pathlib import Path
 
@@ -14,6 +14,7 @@ ffibuilder.cdef(
         int mw_py_write(void *ctx, uint64_t offset, const void *data, uint64_t bytes);
         int mw_py_write_sync(void *ctx, uint64_t offset, const void *data, uint64_t bytes);
         int mw_py_sync(void *ctx);
+        void mw_py_errand(void *errand);
     }
     """
 )

@@ -177,7 +177,7 @@ int mw_map(int fd, uint64_t bytes, int writable, void **address) {
     return 0;
 }
 
-void mw_unmap(void *address, uint64_t bytes) { munmap(address, bytes); }
+void mw_unmap(uint64_t bytes, void *address) { munmap(address, bytes); }
 
 int mw_map_sync(void *address, uint64_t bytes) {
     int rc;

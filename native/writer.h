@@ -108,6 +108,7 @@ void step_down(struct mw_writer *w);
 
 int commit_next(struct mw_writer *w);
 
+int start_thread(pthread_t *thread, void *(*run)(void *), void *arg);
 int64_t finish_append(struct mw_writer *w, int64_t op);
 void complete(struct mw_writer *w, uint64_t ticket, int result);
 void pass_to_committer(struct mw_writer *w);

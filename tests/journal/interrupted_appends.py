@@ -5,7 +5,6 @@ Arguments: path, seconds, seed. Prints counts as JSON; any other end is a failur
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import random
@@ -14,9 +13,10 @@ import sys
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
-from mmapwal import Journal, PoisonedError
+from mmapwal import Journal
 
 THREADS = 4
 INTERRUPTS_MIN, TOLD_MIN = 21, 101  # on a slow machine it goes on until then
@@ -41,91 +41,73 @@ class Handler:
 class Appender:
     """What one thread submitted, and what it was told."""
 
-    def __init__(self, name: int) -> None:
+    def __init__(self, journal: Journal, name: int) -> None:
+        self._journal = journal
         self._name = name
         self._numbers = itertools.count()
         self.submitted: set[bytes] = set()
         self.told: dict[int, bytes] = {}
 
-    def _append(self, journal: Journal) -> None:
+    def append(self) -> None:
         number = next(self._numbers)
         count = 1 if number % 5 else 7
         batch = [b"%d.%d.%d/%d" % (self._name, number, i, count) for i in range(count)]
         self.submitted.update(batch)
         if count == 1:
-            self.told[journal.append(batch[0])] = batch[0]
+            self.told[self._journal.append(batch[0])] = batch[0]
         else:
-            self.told.update(zip(journal.append_many(batch), batch, strict=True))
+            self.told.update(zip(self._journal.append_many(batch), batch, strict=True))
         if number % 97 == 0:
-            journal.sync()
+            self._journal.sync()
 
-    def work(self, journal: Journal, deadline: float) -> None:
-        """Until then, or the end of the journal by an interrupt."""
-        try:
-            while time.monotonic() < deadline:
-                self._append(journal)
-        except PoisonedError as e:
-            if not isinstance(e.__cause__, AlarmError | KeyboardInterrupt):
-                raise
-
-
-def live(
-    path: str, handler: Handler, appenders: list[Appender], deadline: float, chance: random.Random
-) -> Any:
-    """Until then, or the end of the journal; (signals, interrupts, whether it ended)."""
-    journal = Journal(path, slots=1 << 18, segment_bytes=1 << 16)
-    mine, *others = appenders
-    threads = [threading.Thread(target=other.work, args=(journal, deadline)) for other in others]
-    for thread in threads:
-        thread.start()
-    targets = [threading.get_ident()] * 3 + [thread.ident or 0 for thread in threads]
-    interrupted, signals = 0, [0]
-
-    def kill() -> None:  # in the other threads no handler runs: the signal ends what they wait in
-        while time.monotonic() < deadline - 0.1 and all(thread.is_alive() for thread in threads):
-            time.sleep(chance.random() * 0.002)
-            signal.pthread_kill(chance.choice(targets), chance.choice([signal.SIGINT, signal.SIGALRM]))
-            signals[0] += 1
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    while time.monotonic() < deadline and journal.poisoned is None:
-        try:
-            handler.armed = True
-            mine.work(journal, deadline)
-            handler.armed = False
-        except (AlarmError, KeyboardInterrupt):
-            interrupted += 1
-    handler.armed = False
-    for thread in (killer, *threads):
-        thread.join(30)
-    if any(thread.is_alive() for thread in threads):
-        raise SystemExit(f"a thread hangs; poisoned: {journal.poisoned}")
-    poisoned = journal.poisoned is not None
-    with contextlib.suppress(PoisonedError):
-        journal.close()
-    return signals[0], interrupted, poisoned
+    def work(self, goes_on: Callable[[], bool]) -> None:
+        while goes_on():
+            self.append()
 
 
 def main(path: str, seconds: float, seed: int) -> dict[str, int]:
     handler, deadline, chance = Handler(), time.monotonic() + seconds, random.Random(seed)
     for number in (signal.SIGALRM, signal.SIGINT):
         signal.signal(number, handler)
-    appenders = [Appender(name) for name in range(THREADS)]
-    lives: list[Any] = []
+    journal = Journal(path, slots=int((seconds + 10) * 100_000), segment_bytes=1 << 16)
+    mine, *others = appenders = [Appender(journal, name) for name in range(THREADS)]
+    interrupted, signals, over = 0, 0, threading.Event()
 
     def goes_on() -> bool:
-        few = sum(n for _, n, _ in lives) < INTERRUPTS_MIN or sum(len(a.told) for a in appenders) < TOLD_MIN
+        few = interrupted < INTERRUPTS_MIN or sum(len(each.told) for each in appenders) < TOLD_MIN
         return time.monotonic() < deadline or few
 
-    while goes_on():  # an append that made a segment, interrupted behind its commit, ends a life
-        lives.append(live(path, handler, appenders, max(deadline, time.monotonic() + 1), chance))
+    def kill() -> None:  # in the other threads no handler runs: the signal ends what they wait in
+        nonlocal signals
+        while not over.wait(chance.random() * 0.002):
+            signal.pthread_kill(chance.choice(targets), chance.choice([signal.SIGINT, signal.SIGALRM]))
+            signals += 1
+
+    threads = [threading.Thread(target=other.work, args=(goes_on,)) for other in others]
+    for thread in threads:
+        thread.start()
+    targets = [threading.get_ident()] * 3 + [thread.ident or 0 for thread in threads]
+    killer = threading.Thread(target=kill)
+    killer.start()
+    while goes_on():
+        try:
+            handler.armed = True
+            mine.work(goes_on)
+            handler.armed = False
+        except (AlarmError, KeyboardInterrupt):
+            interrupted += 1
+    handler.armed = False
+    over.set()
+    for thread in (killer, *threads):
+        thread.join(30)
+    if any(thread.is_alive() for thread in threads) or journal.poisoned is not None:
+        raise SystemExit(f"a thread hangs, or it is poisoned: {journal.poisoned}")
+    journal.close()
     told = {op: payload for each in appenders for op, payload in each.told.items()}
     submitted = set().union(*(each.submitted for each in appenders))
     found = check(path, told, submitted)
-    signals, interrupted, poisoned = (sum(column) for column in zip(*lives, strict=True))
     return {
-        "signals": signals, "interrupted": interrupted, "poisoned by it": poisoned, "acknowledged": len(told),
+        "signals": signals, "interrupted": interrupted, "acknowledged": len(told),
         "unknown, and there": found - len(told), "unknown, and not there": len(submitted) - found,
     }  # fmt: skip
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from mmapwal import Journal, PoisonedError
+from mmapwal import Journal
 
 INTERRUPTS_MIN, CHANGES_MIN = 21, 51  # on a slow machine it goes on until then
 SIZES: dict[str, Any] = {"slots": 4096, "segment_bytes": 1 << 14}
@@ -111,7 +111,7 @@ def main(path: str, seconds: float, seed: int) -> dict[str, int]:
     handler, deadline, life = Handler(), time.monotonic() + seconds, Life(path, seed)
     signal.signal(signal.SIGALRM, handler)
     me, chance = threading.get_ident(), random.Random(seed)
-    interrupted = poisoned = lives = 0
+    interrupted = lives = 0
 
     def goes_on() -> bool:
         return time.monotonic() < deadline or interrupted < INTERRUPTS_MIN or life.changes < CHANGES_MIN
@@ -134,9 +134,6 @@ def main(path: str, seconds: float, seed: int) -> dict[str, int]:
             except AlarmError:
                 interrupted += 1
                 stays = life.chance(0.8)
-            except PoisonedError:
-                handler.armed = stays = False
-                poisoned += 1
         while not journal._engine.closed:
             try:
                 handler.armed = life.chance(0.5)
@@ -148,9 +145,7 @@ def main(path: str, seconds: float, seed: int) -> dict[str, int]:
         lives += 1
     killer.join()
     life.look()
-    return {
-        "changes": life.changes, "interrupted": interrupted, "poisoned by it": poisoned, "lives": lives
-    }  # fmt: skip
+    return {"changes": life.changes, "interrupted": interrupted, "lives": lives}
 
 
 if __name__ == "__main__":

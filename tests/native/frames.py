@@ -91,5 +91,5 @@ class Ground:
         return at
 
     def close(self) -> None:
-        lib.mw_unmap(self._address[0], self._mapped)
+        lib.mw_unmap(self._mapped, self._address[0])
         self._file.close()

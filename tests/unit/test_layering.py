@@ -20,7 +20,7 @@ PACKAGE = ROOT / "mmapwal"
 LAYERS = [
     {"_native"},
     {"errors", "format"},
-    {"storage", "extras", "injected"},
+    {"storage", "extras", "injected", "aside"},
     {"segment", "index", "page", "superblock", "columns", "disposal"},
     {
         "engine",

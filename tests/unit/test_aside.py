@@ -1,0 +1,93 @@
+"""Work beside the main thread, where no signal handler runs."""
+
+from __future__ import annotations
+
+import errno
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+
+from mmapwal import aside
+from mmapwal.aside import uninterrupted
+
+
+class AlarmError(Exception):
+    """What the handler raises."""
+
+
+@pytest.fixture
+def alarm() -> Iterator[None]:
+    def handler(number: int, frame: object) -> None:
+        raise AlarmError
+
+    before = signal.signal(signal.SIGALRM, handler)
+    yield
+    signal.signal(signal.SIGALRM, before)
+
+
+def hit_main() -> None:
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGALRM)
+
+
+def test_the_result_and_the_error_are_those_of_the_work() -> None:
+    def fail() -> None:
+        raise KeyError("no such place")
+
+    assert uninterrupted(lambda: 7) == 7
+    assert uninterrupted(lambda: None) is None
+    with pytest.raises(KeyError, match="no such place"):
+        uninterrupted(fail)
+
+
+def test_a_handler_that_raises_meanwhile_is_heard_when_the_work_is_done(alarm: None) -> None:
+    steps = []
+
+    def work() -> None:
+        for step in range(1000):
+            hit_main()
+            steps.append(step)
+
+    with pytest.raises(AlarmError):
+        uninterrupted(work)
+    assert steps == list(range(1000))
+
+
+def test_other_threads_do_the_work_themselves() -> None:
+    done: list[tuple[int, int]] = []
+    thread = threading.Thread(
+        target=lambda: done.append((threading.get_ident(), uninterrupted(threading.get_ident)))
+    )
+    thread.start()
+    thread.join()
+    assert done[0][0] == done[0][1]
+    assert uninterrupted(threading.get_ident) != threading.get_ident()
+
+
+def test_where_no_thread_can_be_had_the_work_is_done_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    none = SimpleNamespace(mw_aside=lambda run, arg: -errno.EAGAIN, mw_py_errand=None)
+    monkeypatch.setattr(aside, "lib", none)
+    assert uninterrupted(threading.get_ident) == threading.get_ident()
+
+
+def test_a_child_of_fork_and_the_end_of_the_interpreter_do_not_hang() -> None:
+    script = """
+import os, threading
+from mmapwal.aside import uninterrupted
+assert uninterrupted(lambda: 1) == 1
+child = os.fork()
+if child == 0:
+    os._exit(0 if uninterrupted(threading.get_ident) != threading.get_ident() else 1)
+assert os.waitpid(child, 0)[1] == 0
+class Late:
+    def __del__(self, uninterrupted=uninterrupted):
+        print(uninterrupted(lambda: "late"))
+late = Late()
+late.itself = late
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, b"late\n"), done.stderr
