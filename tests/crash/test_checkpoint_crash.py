@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -120,10 +121,11 @@ def test_a_checkpoint_makes_durable_what_it_covers_before_its_snapshot(crash_sta
     assert_crash_safe(checkpoints_what_is_not_synced, check_prefix, max_states=crash_states)
 
 
-@pytest.mark.parametrize("when", [When.BEFORE, When.AFTER, When.UNSYNCED, When.SHORT])
-def test_whatever_call_of_a_checkpoint_fails_no_state_is_lost(when: When) -> None:
+@pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC], ids=["EIO", "ENOSPC"])
+@pytest.mark.parametrize("when", When)
+def test_whatever_call_of_a_checkpoint_fails_no_state_is_lost(when: When, error: int) -> None:
     """The error is typed; `resume` of a snapshot that failed finishes the checkpoint."""
-    for fault in every_fault(when=when):
+    for fault in every_fault(error=error, when=when):
         disk, notes = CrashDisk(), []  # type: tuple[CrashDisk, list[tuple[str, Any]]]
         fault.nth += 1 << 30
         with recovered(FaultDirectory(disk, fault)) as replica:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,14 +15,8 @@ from mmapwal.testing import CrashDisk, Fault, FaultDirectory, When, assert_crash
 
 from .story import OPTIONS, Contents, Note, Story, check, close_dead, contents_of, find, told
 
-FAULTS = [
-    (errno.EIO, When.BEFORE),
-    (errno.EIO, When.AFTER),
-    (errno.EIO, When.UNSYNCED),
-    (errno.ENOSPC, When.BEFORE),
-    (errno.ENOSPC, When.AFTER),
-    (errno.ENOSPC, When.SHORT),
-]
+FAULTS = [(error, when) for error in (errno.EIO, errno.ENOSPC) for when in When]
+KINDS = {When.SHORT: {"write", "write_sync"}, When.UNSYNCED: {"write_sync"}}  # others then fail as BEFORE
 
 
 def _parametrize(faults: list[tuple[int, When]]) -> pytest.MarkDecorator:
@@ -30,7 +25,7 @@ def _parametrize(faults: list[tuple[int, When]]) -> pytest.MarkDecorator:
 
 
 parametrize_faults = _parametrize(FAULTS)
-parametrize_few_faults = _parametrize([FAULTS[2], FAULTS[5]])
+parametrize_faults_of_a_write_and_a_sync = _parametrize([f for f in FAULTS if f[1] is not When.UNSYNCED])
 Step = Callable[[Story], Any]
 
 STEPS: list[Step] = [
@@ -57,6 +52,11 @@ STEPS: list[Step] = [
 ]
 
 
+def operation(step: Step) -> str:
+    """What a step does: the method of Story that it begins with."""
+    return step.__code__.co_names[0]
+
+
 class FaultyLife:
     """Steps on a disk with one failing call; what they come to is held against what was promised."""
 
@@ -66,6 +66,8 @@ class FaultyLife:
         self.disk = disk or CrashDisk()
         self.story: Story | None = None
         self.options = options
+        self.operation = ""
+        """What the failing call was part of."""
 
     def run(self, steps: list[Step]) -> None:
         try:
@@ -74,12 +76,18 @@ class FaultyLife:
             )
         except (JournalError, OSError) as e:
             self.check_error(e)
+            self.operation = "open"
             return
+        if self.fault.struck:
+            self.operation = "open"
         for step in steps:
             try:
                 step(self.story)
             except (JournalError, OSError) as e:
                 self.check_error(e)
+            if not self.fault.struck:
+                continue
+            self.operation = self.operation or operation(step)
             if self.story.journal.poisoned is None:
                 self.check_usable()
             if self.story.journal.poisoned is not None:
@@ -89,6 +97,8 @@ class FaultyLife:
             self.story.close()
         except (JournalError, OSError) as e:
             self.check_error(e)
+        if self.fault.struck:
+            self.operation = self.operation or "close"
 
     def check_error(self, error: Exception) -> None:
         """It says what happened: the error of the disk, or one that has it as its cause."""
@@ -142,38 +152,54 @@ def start(lives: list[FaultyLife], fault: Fault, **options: Any) -> FaultyLife:
     return lives[-1]
 
 
+Tally = Callable[[str, int], None]
+
+
 @parametrize_faults
 def test_whatever_call_fails_nothing_acknowledged_is_lost(
-    error: int, when: When, lives: list[FaultyLife]
+    error: int, when: When, lives: list[FaultyLife], tally: Tally
 ) -> None:
     """After the failure: opened again in the same boot, and after a power cut."""
-    live_with_each_fault(lives, error, when, SyncMethod.DSYNC, Durability.SYNC)
+    live_with_each_fault(lives, tally, error, when, SyncMethod.DSYNC, Durability.SYNC)
 
 
-@parametrize_few_faults
+@parametrize_faults_of_a_write_and_a_sync
 def test_the_same_where_a_commit_is_a_write_and_then_a_sync(
-    error: int, when: When, lives: list[FaultyLife]
+    error: int, when: When, lives: list[FaultyLife], tally: Tally
 ) -> None:
-    live_with_each_fault(lives, error, when, SyncMethod.FDATASYNC, Durability.SYNC)
+    live_with_each_fault(lives, tally, error, when, SyncMethod.FDATASYNC, Durability.SYNC)
 
 
-@parametrize_few_faults
+@parametrize_faults_of_a_write_and_a_sync
 @pytest.mark.parametrize("durability", [Durability.OS, Durability.BUFFERED])
 def test_whatever_call_fails_between_syncs_nothing_synced_is_lost(
-    error: int, when: When, durability: Durability, lives: list[FaultyLife]
+    error: int, when: When, durability: Durability, lives: list[FaultyLife], tally: Tally
 ) -> None:
-    live_with_each_fault(lives, error, when, SyncMethod.DSYNC, durability)
+    live_with_each_fault(lives, tally, error, when, SyncMethod.DSYNC, durability)
 
 
 def live_with_each_fault(
-    lives: list[FaultyLife], error: int, when: When, method: SyncMethod, durability: Durability
+    lives: list[FaultyLife],
+    tally: Tally,
+    error: int,
+    when: When,
+    method: SyncMethod,
+    durability: Durability,
 ) -> None:
-    for fault in every_fault(error=error, when=when):
+    struck: Counter[str] = Counter()
+    for fault in every_fault(error=error, when=when, kinds=KINDS.get(when)):
         life = start(lives, fault, disk=CrashDisk(sync_method=method), durability=durability)
         life.run(STEPS)
         check_with(fault, next(life.disk.crash_states(seed=fault.nth)), life.notes)
         life.end()
         check_with(fault, life.disk.kill(), life.notes)
+        struck[life.operation] += fault.struck
+    for name, count in struck.items():
+        if count:
+            tally(f"failing calls of {name}", count)
+    assert struck.total() > 10
+    if when not in KINDS and durability is Durability.SYNC:
+        assert {"open", "close", *map(operation, STEPS)} - {"sync"} <= set(+struck)
 
 
 def check_with(fault: Fault, disk: CrashDisk, notes: list[Note]) -> None:
@@ -183,34 +209,39 @@ def check_with(fault: Fault, disk: CrashDisk, notes: list[Note]) -> None:
         raise AssertionError(f"after {fault!r}: {type(e).__name__}: {e}") from e
 
 
-def killed() -> tuple[Story, list[Note]]:
-    """A journal with removals, a rotation and an unproven tail, whose process died."""
+def ended(end: Step) -> tuple[Story, list[Note]]:
+    """A journal with removals and a rotation that ended so; before, its tail was not proven."""
     notes: list[Note] = []
     story = Story(CrashDisk(), notes.append, durability=Durability.OS)
     for step in STEPS[:-1]:
         step(story)
-    story.kill()
+    end(story)
     return story, notes
 
 
-@parametrize_few_faults
-def test_whatever_call_fails_while_opening_after_a_kill_the_next_open_finds_all(
-    error: int, when: When
+@pytest.mark.parametrize("end", [Story.kill, Story.close])
+@parametrize_faults_of_a_write_and_a_sync
+def test_whatever_call_fails_while_opening_in_the_same_boot_the_next_open_finds_all(
+    error: int, when: When, end: Step, tally: Tally
 ) -> None:
-    for fault in every_fault(error=error, when=when):
-        story, notes = killed()
+    for fault in every_fault(error=error, when=when, kinds=KINDS.get(when)):
+        story, notes = ended(end)
         open_with(fault, story.disk, notes, story.expected.now)
+    tally(f"failing calls of open, after {end.__name__}", fault.nth - 1)
+    assert fault.nth > 2
 
 
-@parametrize_faults
+@parametrize_faults_of_a_write_and_a_sync
 def test_whatever_call_fails_while_opening_after_a_power_cut_the_next_open_finds_all(
-    error: int, when: When
+    error: int, when: When, tally: Tally
 ) -> None:
-    story, notes = killed()
+    story, notes = ended(Story.kill)
     *_, all_of_it = itertools.islice(story.disk.crash_states(), 2)
-    for fault in every_fault(error=error, when=when):
+    for fault in every_fault(error=error, when=when, kinds=KINDS.get(when)):
         copy = next(all_of_it.crash_states())
         open_with(fault, copy, notes, story.expected.now)
+    tally("failing calls of open, after a power cut", fault.nth - 1)
+    assert fault.nth > 2
 
 
 def open_with(fault: Fault, disk: CrashDisk, notes: list[Note], wanted: Contents) -> None:
