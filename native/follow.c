@@ -11,12 +11,15 @@
 
 #include "mmapwal.h"
 
-/* Behind a change of the word. Whoever is about to sleep says so first and looks at the word again then, so
- * either the flag is seen here or the new word there. Nobody waits: no system call. */
-void mw_followers_wake(struct mw_index_header *page) {
+/* A new word. Whoever is about to sleep says so first and looks at the word again then, so either the flag is seen
+ * here or the new word there. The flag is taken back before the word changes: behind it, it may be of one who
+ * sleeps on the new word. Nobody waits: no system call. */
+void mw_followers_wake(struct mw_index_header *page, uint32_t word) {
+    uint32_t waited = __atomic_load_n(&page->waiting, __ATOMIC_RELAXED);
+    if (waited) __atomic_store_n(&page->waiting, 0, __ATOMIC_RELAXED);
+    __atomic_store_n(&page->wake, word, __ATOMIC_RELEASE);
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
-    if (__atomic_load_n(&page->waiting, __ATOMIC_RELAXED) == 0) return;
-    __atomic_store_n(&page->waiting, 0, __ATOMIC_SEQ_CST);
+    if (!waited && __atomic_load_n(&page->waiting, __ATOMIC_RELAXED) == 0) return;
     syscall(SYS_futex, &page->wake, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
 }
 

@@ -150,8 +150,7 @@ void mw_progress_store(struct mw_index_header *page, uint64_t written_lsn, uint6
     p.check = progress_check(page, &p);
     __atomic_thread_fence(__ATOMIC_RELEASE);
     memcpy(to, &p, sizeof p);
-    __atomic_store_n(&page->wake, sequence, __ATOMIC_RELEASE);
-    mw_followers_wake(page);
+    mw_followers_wake(page, sequence);
 }
 
 struct progress {
@@ -166,16 +165,14 @@ static int read_progress(void *arg) {
         struct mw_progress p;
         memcpy(&p, &r->page->progress[i], sizeof p);
         if (p.check != progress_check(r->page, &p) || p.durable_lsn > p.written_lsn) continue;
-        const struct mw_progress *best = r->out;
-        bool further = p.durable_lsn != best->durable_lsn ? p.durable_lsn > best->durable_lsn
-                                                          : p.written_lsn > best->written_lsn;
-        if (!found || further) *r->out = p;
+        if (!found || (int32_t)(p.sequence - r->out->sequence) > 0) *r->out = p;
         found = 1;
     }
     return found ? 0 : MW_E_MISSING;
 }
 
-/* The further of the two; MW_E_MISSING when neither verifies. */
+/* The newer of the two: the other may be of a life before, of which the end was lost. MW_E_MISSING when neither
+ * verifies. */
 int mw_progress_read(const struct mw_index_header *page, struct mw_progress *out) {
     struct progress r = {page, out};
     return mw_guarded(read_progress, &r);
