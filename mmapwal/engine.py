@@ -136,6 +136,7 @@ class Engine:
         opening.run()
         self.report, self.sync_method = opening.report, opening.sync_method
         self._file, self.segments, self.index = opening.file, opening.segments, opening.index
+        self.read_segments = self.segments  # those that the slots of the index are of
         self._start_writer(opening.found, opening.summary)
         opening.remove_strangers()
         opening.watch.lap("writer")
@@ -215,7 +216,8 @@ class Engine:
         return True
 
     def look_again(self, table: SegmentTable) -> bool:
-        return self.segments.table is not table
+        with self.structure:
+            return self.segments.table is not table
 
     def follow_page(self) -> ProgressPage | None:
         return self.index.published
@@ -334,8 +336,8 @@ class Engine:
         try:
             self._file.commit(new)
             self.segments.follow(self._file.current.segments)
+            self._note_superblock()  # before frames come that only the new one has a segment for
             result = apply()
-            self._note_superblock()
         except BaseException as e:
             if self._file.current is before and not self._file.in_doubt:
                 raise

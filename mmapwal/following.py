@@ -28,6 +28,7 @@ ROWS = 2048
 AHEAD_BYTES = 1 << 20  # who follows large entries need not wait for so many
 NOBODY_S = 0.02  # there is no page yet
 SPIN_S = 0.0003  # to wake who sleeps costs the writer some 10 us, on virtual machines more
+_NOT_YET: Iterator[Entry] = iter(())  # what could come next cannot be had now
 POLL_S = 0.001  # the page cannot be stored to: nobody knows that one sleeps
 
 
@@ -42,7 +43,8 @@ class Followed(Protocol):
         """Takes over what has changed; whether there is a journal yet. After the progress was read."""
 
     def look_again(self, table: SegmentTable) -> bool:
-        """A segment of that table is not where it was: whether there is another table now."""
+        """A segment of that table is not where it was: whether there is another table now. Waits for a change
+        of structure that is under way."""
 
     def follow_page(self) -> ProgressPage | None:
         """None: not there yet."""
@@ -105,6 +107,8 @@ class Follower:
         self.bell = Bell(engine)
         self._sequence = 0  # of the superblock that was looked at
         self._epoch = 0
+        self._proven_lsn = 0  # all below it is known to be durable
+        self._again = (0, 0)  # below this LSN, what is given again: from this op on
         self._highest_op = 0  # of what was given
         self._seen_op = 0  # watermark when all there was had been given, or what from_op stands for
         self._unproven: deque[tuple[int, int]] = deque()  # (LSN, op) given and not known to be durable
@@ -122,12 +126,20 @@ class Follower:
         written, durable = self._engine.published()
         if not self._engine.look():
             return None
+        life = self._epoch
         self._take_over(self._engine.superblock, durable)
-        limit = written if self._written else durable
+        limit = durable
+        if self._written and life in (0, self._epoch):  # what is written is of the life before the look
+            limit, life = written, self._epoch
         while self._at < limit:
             entries = self._take(limit)
+            if entries is _NOT_YET:
+                self._engine.check_followed()
+                return None
             if entries is not None:
                 return entries
+            if self._epoch != life:
+                limit, life = durable, self._epoch
         self._seen_op = max(self._seen_op, watermark)
         self._engine.check_followed()
         return None
@@ -141,39 +153,46 @@ class Follower:
         else:
             self._highest_op = self._from_op - 1
         self._seen_op = self._from_op - 1
-        self._at = superblock.segments[0].base_lsn if superblock.segments else superblock.next_base_lsn
+        self._at = _first_lsn(superblock)
         self._sequence, self._epoch = superblock.sequence, superblock.epoch
         if self._from_op <= superblock.watermark:
             raise self._stale(self._from_op)
 
     def _take_over(self, superblock: Superblock, durable_lsn: int) -> None:
-        """Of a superblock: what was cut off of what was given, and where to begin."""
+        """Of a superblock: what was cut off of what was given, and where to go on. `durable_lsn` was read
+        before it."""
         if self._at == 0:
             self._begin(superblock)
         if superblock.epoch == self._epoch:
             while self._unproven and self._unproven[0][0] < durable_lsn:
                 self._unproven.popleft()
-        if superblock.sequence == self._sequence:
-            return
-        cuts = [self._lost_op(superblock), superblock.cut_since(self._sequence)]
-        self._sequence, self._epoch = superblock.sequence, superblock.epoch
-        cut = min((op for op in cuts if op is not None and op <= self._highest_op), default=None)
-        if cut is not None:
-            self._from_op = min(self._from_op or cut, cut)
-            self._highest_op = cut - 1
-            raise TruncatedError(cut)
+        if superblock.sequence != self._sequence:
+            cuts = [self._lost_op(superblock), superblock.cut_since(self._sequence)]
+            self._sequence, self._epoch = superblock.sequence, superblock.epoch
+            cut = min((op for op in cuts if op is not None and op <= self._highest_op), default=None)
+            if cut is not None:
+                self._from_op = min(self._from_op or cut, cut)
+                self._highest_op = cut - 1
+                raise TruncatedError(cut)
+        self._proven_lsn = max(self._proven_lsn, durable_lsn)
 
     def _lost_op(self, superblock: Superblock) -> int | None:
-        """The lowest op that was given when it was written, and was not there when the writer came back: of
-        several lives of it none says what the ones before kept. It goes on where they were."""
+        """The lowest op that was given when it was written, and was not there when the writer came back. It
+        goes on where that did, also if nothing was given there."""
         lives = superblock.epoch - self._epoch
-        start = superblock.epoch_start_lsn if lives == 1 else 0
-        lost = [(lsn, op) for lsn, op in self._unproven if lives and lsn >= start]
+        if not lives:
+            return None
+        # Of several lives none says what the ones before kept.
+        start = superblock.epoch_start_lsn if lives == 1 else self._proven_lsn
+        lost = [op for lsn, op in self._unproven if lsn >= start]
+        self._at = min(self._at, max(start, _first_lsn(superblock)))
         if not lost:
             return None
-        self._at = max(start, self._unproven[0][0])
+        # All from that op on is void for who is told, so what is left of it comes again, wherever it lies.
+        self._again = self._at, min(lost)
+        self._at = _first_lsn(superblock)
         self._unproven.clear()
-        return min(op for _, op in lost)
+        return min(lost)
 
     def _stale(self, op: int) -> StaleOpError:
         """It goes on above the watermark."""
@@ -200,14 +219,20 @@ class Follower:
                 raise
             self._take_over(self._engine.superblock, 0)
             return None
-        segment = table.segments[row]
+        segment, before = table.segments[row], self._walk
         walk = self._walk_over(segment)
         if walk is None:
+            if not self._engine.look_again(table) and self._walk_over(segment) is None:
+                return _NOT_YET
+            self._take_over(self._engine.superblock, 0)
             return None
         if segment.record.name != self._in:
-            self._enter(segment, walk.superblock)
+            self._enter(segment, walk.superblock, before)
         found = walk.native
         found.from_op, found.segment = self._from_op, row
+        again_lsn, again_op = self._again
+        if self._at < again_lsn:
+            found.from_op, limit = max(self._from_op or 0, again_op), min(limit, again_lsn)
         count = walk.run(self._at, min(limit, self._at + AHEAD_BYTES), self._room.native, ROWS)
         if count:
             entries = self._given(Gathered(table, self._room, count, True, int(found.stride)))
@@ -215,6 +240,9 @@ class Follower:
             return entries
         error = walk.error()  # behind entries it comes the next time
         if error is not None:
+            if self._engine.look_again(table):  # a longer segment may have taken the place of a blank one
+                self._take_over(self._engine.superblock, 0)
+                return None
             raise error
         self._at = int(found.lsn)
         if found.stop == lib.MW_WALK_STALE:
@@ -228,7 +256,7 @@ class Follower:
 
     def _walk_over(self, segment: Segment) -> Walk | None:
         """As the superblock in force shows it. None: that does not name it, and hides nothing in it any more;
-        one of the two is about to be replaced."""
+        one of the two is about to be replaced, by whoever holds the lock that look_again() waits for."""
         superblock, walk = self._engine.superblock, self._walk
         if walk is None or walk.segment is not segment or walk.superblock is not superblock:
             name = segment.record.name
@@ -237,7 +265,7 @@ class Follower:
             walk = self._walk = Walk(segment, superblock)
         return walk
 
-    def _enter(self, segment: Segment, superblock: Superblock) -> None:
+    def _enter(self, segment: Segment, superblock: Superblock, before: Walk | None) -> None:
         """In a new generation of the segment, a gap may stand for what is before and behind the place."""
         base_lsn = segment.record.base_lsn
         if self._at > base_lsn:
@@ -245,9 +273,22 @@ class Follower:
             walk.run(base_lsn, self._at)
             found = walk.native
             if not found.failed and found.lsn > self._at:  # what is wrong there, the next walk tells
-                self._lost()
+                if self._stop_of(before, int(found.lsn)) != lib.MW_WALK_LIMIT:
+                    self._lost()
                 self._at = int(found.lsn)
         self._in = segment.record.name
+
+    def _stop_of(self, walk: Walk | None, to_lsn: int) -> int | None:
+        """What stops a walk from here to an LSN, in a segment that is gone and still mapped: an entry
+        (MW_WALK_FULL), its end, or nothing (MW_WALK_LIMIT). None: nobody knows any more."""
+        if walk is None or not walk.segment.is_mapped:
+            return None
+        record = walk.segment.record
+        if not record.base_lsn <= self._at < record.next_base_lsn:
+            return None
+        look = Walk(walk.segment, walk.superblock, from_op=self._from_op, watermark=0, removal_count=0)
+        look.run(self._at, to_lsn, self._room.native, 0)
+        return None if look.native.failed else int(look.native.stop)
 
     def _given(self, chunk: Gathered) -> Iterator[Entry]:
         out, count = chunk.out, chunk.rows
@@ -269,6 +310,9 @@ class Follower:
         if self._engine.look_again(table):
             self._take_over(self._engine.superblock, 0)
             return
+        if self._walk is not None and self._stop_of(self._walk, 2**63) == lib.MW_WALK_END:
+            self._at = self._walk.segment.record.next_base_lsn  # all that was in it had been given
+            return
         later = [s.record.base_lsn for s in table.segments if s.record.base_lsn > self._at]
         self._lost()
         self._at = min([*later, limit])
@@ -278,6 +322,10 @@ class Follower:
         where the watermark has moved since, entries can be among them."""
         if self._engine.superblock.watermark > self._seen_op:
             raise self._stale(self._seen_op + 1)
+
+
+def _first_lsn(superblock: Superblock) -> int:
+    return superblock.segments[0].base_lsn if superblock.segments else superblock.next_base_lsn
 
 
 class Following:

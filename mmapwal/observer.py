@@ -10,13 +10,14 @@ from __future__ import annotations
 import errno
 import threading
 import time
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from mmapwal import format as fmt
 from mmapwal._native import ffi, lib
+from mmapwal.columns import Room
 from mmapwal.engine import Engine, Options
 from mmapwal.errors import ClosedError, CorruptionError, JournalError, ReadonlyError
 from mmapwal.index import SlotIndex, published_page
@@ -26,13 +27,14 @@ from mmapwal.reader import Reader
 from mmapwal.recovery import RecoveryReport
 from mmapwal.segment import Segment, SegmentSet, SegmentTable
 from mmapwal.storage import Directory, FileStorage, MemoryDirectory, SyncMethod
-from mmapwal.superblock import SegmentRecord, Superblock, read_superblock
+from mmapwal.superblock import Superblock, read_superblock
 from mmapwal.walking import Walk
 
 __all__ = ["Observer", "ObservingReader"]
 
 LOOK_S = 0.5  # so often the index is looked for under its name: it may be another file by now
 LOOKS = 100  # at a superblock whose segments are gone again when they are looked for
+FRAME_ROWS = 4096
 _NOBODY = Superblock(
     uuid=bytes(16), slot_count=1, segment_bytes=fmt.SEGMENT_BYTES_MIN, align_bytes=0, sequence=0
 )
@@ -57,7 +59,9 @@ class Observer(Engine):
         self._limit = 0
         self._slots_at = 0  # below it, the slots have what the frames say
         self._slots_of = _NOBODY  # the superblock as of which
-        self._word: int | None = None
+        self._slots_seen: tuple[ProgressPage | None, int | None] = (None, None)  # and a page, and its word
+        # Those that the slots are of: a follower in another thread may have taken over a newer superblock.
+        self.read_segments = SegmentSet(directory, _NOBODY.uuid, ())
         self.index = self._blank = _private_index(1)
         self.writer = _closed_writer(self._blank)
         if not self.look() and not options.create:
@@ -71,8 +75,7 @@ class Observer(Engine):
 
     def look(self) -> bool:
         """Whether there is a journal; takes over the superblock in force and the index page."""
-        if self.closed:
-            raise ClosedError("the journal is closed")
+        self.check_followed()
         page, now = self._page, time.monotonic()
         if page is None or now - self._page_at > LOOK_S:
             with self.structure:
@@ -91,12 +94,15 @@ class Observer(Engine):
 
     def _read_superblock(self) -> None:
         with self.structure:
+            self.check_followed()
             old, new = self._superblock, read_superblock(self.directory)
             if new is None:
                 return
             if old is _NOBODY:
                 check_sizes(self.directory, new, self.options)
                 self.segments = SegmentSet(self.directory, new.uuid, new.segments)
+                self.read_segments = SegmentSet(self.directory, new.uuid, ())
+                self.read_segments.held = self.segments.held
             elif new.uuid != old.uuid:
                 raise JournalError(f"{self.directory}: another journal has taken the place of this one")
             elif new.sequence == old.sequence:
@@ -117,13 +123,16 @@ class Observer(Engine):
         return self._page
 
     def published(self) -> tuple[int, int]:
-        """What the page says, or the superblock where that knows more: nobody may be writing."""
-        page = self._page
+        """What the page says, or the superblock where that knows more: nobody may be writing. What was
+        written and not synced is only believed of a page that knows of the superblock: of this life."""
+        page, superblock = self._page, self._superblock
         written, durable = (0, 0) if page is None else page.progress()
-        if self._superblock is not _NOBODY:
-            durable = max(durable, self._superblock.proven_lsn)
-        self._limit = max(self._limit, durable)  # another page begins at nothing
-        return max(written, self._limit), self._limit
+        if page is not None and page.superblock_sequence() < superblock.sequence:
+            written = 0
+        if superblock is not _NOBODY:
+            durable = max(durable, superblock.proven_lsn)
+        self._limit = durable = max(self._limit, durable)  # another page begins at nothing
+        return max(written, durable), durable
 
     def check_followed(self) -> None:
         if self.closed:
@@ -133,52 +142,63 @@ class Observer(Engine):
 
     def refresh(self) -> None:
         """The slots are as all that was durable when this was called. CorruptionError, OSError."""
-        word = self._published_word()
-        if word is not None and word == self._word:
+        seen = self._seen_now()
+        if seen is not None and seen == self._slots_seen and self._slots_of is self._superblock:
             return
+        reopened = False
         with self.structure:
-            if self._page is None:
-                self.look()
-            limit = self.published()[1]
-            if not self.look():  # behind that: so the superblock is no older
-                return
-            if self.index.slot_count != self._superblock.slot_count or self._slots_of is _NOBODY:
-                self.index = _private_index(self._superblock.slot_count)
-                self._slots_at, self._slots_of = 0, self._superblock
-            for _ in range(LOOKS):
-                table = self.segments.table
-                try:
-                    self._catch_up(table, limit)
-                    break
-                except CorruptionError:
-                    if not self.look_again(table):
-                        raise
-            self._word = word
+            for tries_left in reversed(range(LOOKS)):
+                if not self.look():
+                    return
+                page, superblock, table = self._page, self._superblock, self.segments.table
+                word = page.word() if page is not None else None
+                limit = self.published()[1]
+                noted = page.superblock_sequence() if page is not None else superblock.sequence
+                if noted < superblock.sequence and not reopened:  # the page may be of a life before
+                    reopened = True
+                    self._page_at = float("-inf")
+                elif noted <= superblock.sequence:  # so neither knows of what the other does not
+                    try:
+                        self._catch_up(superblock, table, limit)
+                    except CorruptionError:
+                        if not (tries_left and self.look_again(table)):
+                            raise
+                        reopened = False
+                    else:
+                        self._slots_seen = page, word
+                        return
+        raise JournalError(f"{self.directory}: the superblock changes faster than it can be read")
 
-    def _published_word(self) -> int | None:
+    def _seen_now(self) -> tuple[ProgressPage, int] | None:
         page = self._page
         if page is None or time.monotonic() - self._page_at > LOOK_S:
             return None
-        return page.word()
+        return page, page.word()
 
-    def _catch_up(self, table: SegmentTable, limit: int) -> None:
-        superblock, before = self._superblock, self._slots_of
-        again: list[Segment] = []
-        if superblock is not before:
-            names = {s.record.name for s in table.segments}
-            gone = [r for r in before.segments if r.name not in names]
-            self._clear(superblock, gone)
-            ids = {r.id for r in gone}  # a new generation of it may be there
-            again = [s for s in table.segments if s.record.id in ids]
+    def _catch_up(self, superblock: Superblock, table: SegmentTable, limit: int) -> None:
+        """What is there is stored before anything is taken out, and the segments follow last: a read beside
+        it finds each live op, and a slot that it saw is another one once its frame is not there."""
+        if self.index is self._blank or self.index.slot_count != superblock.slot_count:
+            self.index = _private_index(superblock.slot_count)
+            self._slots_at, self._slots_of = 0, superblock
+            self.read_segments.follow(superblock.segments)
+        known = {record.name for record in self._slots_of.segments}
+        reached = limit = min(limit, superblock.next_base_lsn)
         for segment in table.segments:
-            record = segment.record
-            start = record.base_lsn if segment in again else max(self._slots_at, record.base_lsn)
-            if start < min(limit, record.next_base_lsn):
-                self._fill(table, segment, start, limit)
-        self._slots_at, self._slots_of = max(self._slots_at, limit), superblock
+            start = segment.record.base_lsn
+            if segment.record.name in known:  # else a gap may span the place
+                start = max(start, self._slots_at)
+            if start < min(limit, segment.record.next_base_lsn):
+                reached = max(reached, self._fill(table, segment, start, limit))
+        if superblock is not self._slots_of:
+            self._take_out(superblock, table, limit)
+            self.read_segments.follow(superblock.segments)
+            if superblock.epoch != self._slots_of.epoch:
+                self.read_segments.unmap(superblock.epoch_start_lsn)
+        self._slots_at, self._slots_of = max(self._slots_at, reached), superblock
 
-    def _clear(self, superblock: Superblock, gone: Iterable[SegmentRecord]) -> None:
-        """Slots of what is removed, or was in segments that are not there any more."""
+    def _take_out(self, superblock: Superblock, table: SegmentTable, limit: int) -> None:
+        """Slots of what is removed, and of frames that are not there any more."""
         slots: Any = np.frombuffer(
             ffi.buffer(self.index.slots, self.index.slot_count * fmt.SLOT_BYTES), fmt.SLOT
         )
@@ -186,12 +206,35 @@ class Observer(Engine):
         dead = ops <= superblock.watermark
         for row in superblock.removals:
             dead |= (ops >= row.first) & (ops <= row.last) & (lsns < row.below_lsn)
-        for record in gone:
-            dead |= (lsns >= record.base_lsn) & (lsns < record.next_base_lsn)
+        present = {s.record.name: s for s in table.segments}
+        new_generations = {s.record.id: s for s in table.segments}
+        for record in self._slots_of.segments:
+            if record.name not in present:
+                inside = (lsns >= record.base_lsn) & (lsns < record.next_base_lsn)
+                renewed = new_generations.get(record.id)
+                if renewed is not None:
+                    inside &= ~np.isin(lsns, self._frames_in(superblock, table, renewed, limit))
+                dead |= inside
         lsns[dead] = 0
 
-    def _fill(self, table: SegmentTable, segment: Segment, start: int, limit: int) -> None:
-        table.map(table.row(segment.record.base_lsn))
+    def _frames_in(
+        self, superblock: Superblock, table: SegmentTable, segment: Segment, limit: int
+    ) -> npt.NDArray[Any]:
+        """The LSNs of the entries that a segment has."""
+        self._map(table, segment)
+        walk, room = Walk(segment, superblock, past_gaps=True, watermark=0), Room(FRAME_ROWS)
+        parts, at = [], segment.record.base_lsn
+        while count := walk.run(at, limit, room.native, FRAME_ROWS):
+            parts.append(room.lsn[:count].copy())
+            at = int(walk.native.lsn)
+        if (error := walk.error()) is not None:
+            raise error
+        return np.concatenate(parts) if parts else np.empty(0, np.uint64)
+
+    def _fill(self, table: SegmentTable, segment: Segment, start: int, limit: int) -> int:
+        """Stores the entries from a frame on into the slots; the LSN that was reached, behind the limit where
+        a gap spans that."""
+        self._map(table, segment)
         walk = Walk(
             segment,
             self._superblock,
@@ -200,15 +243,21 @@ class Observer(Engine):
             past_gaps=True,
         )
         walk.run(start, limit)
-        error = walk.error()
-        if error is not None:
+        if (error := walk.error()) is not None:
             raise error
+        return int(walk.native.lsn)
+
+    def _map(self, table: SegmentTable, segment: Segment) -> None:
+        if not segment.is_mapped and self.segments.count_mapping():
+            self.segments.bound_mappings()
+        table.map(table.row(segment.record.base_lsn))
 
     def state(self) -> Any:
         """As an engine's, of what is durable."""
-        self.refresh()
-        live, first_op, last_op = self.index.summary()
-        written, durable = self.published()
+        with self.structure:
+            self.refresh()
+            live, first_op, last_op = self.index.summary()
+            written, durable = self.published()
         watermark = self._superblock.watermark
         return ffi.new(
             "struct mw_state *",
@@ -255,6 +304,7 @@ class Observer(Engine):
 
     def in_child(self) -> None:
         """What is only read is the child's as well."""
+        self.structure = threading.RLock()  # one of the parent's threads may have held it
 
 
 class ObservingReader(Reader):
@@ -274,8 +324,9 @@ class ObservingReader(Reader):
             raise self.closed
         self._engine.refresh()
         if self._engine.index is not self._index:
-            self._index = self._engine.index
-            self._take_over()
+            with self._engine.structure:
+                self._take_over()
+                self._index = self._engine.index
 
     def locate(self, op: int) -> tuple[memoryview, int, int, int, int]:
         self._look()
@@ -289,13 +340,32 @@ class ObservingReader(Reader):
         self._look()
         return super()._range(first, last)
 
+    # Another thread may take over a newer superblock meanwhile: what looks wrong is looked at again while it
+    # cannot.
+
     def _map(self, table: SegmentTable, row: int) -> None:
+        engine = self._engine
         try:
             super()._map(table, row)
         except CorruptionError:
-            if not self._engine.look_again(table):
-                raise
+            with engine.structure:
+                engine.look_again(engine.segments.table)
+                self._look()
+                if self.segments.table is table:
+                    raise
+
+    def _stray(self, op: int, lsn: int) -> None:
+        with self._engine.structure:
             self._look()
+            super()._stray(op, lsn)
+
+    def _recover_gather(self, rc: int, table: SegmentTable, cursor: Any) -> SegmentTable:
+        with self._engine.structure:
+            self._look()
+            found = self._engine.index.lookup(int(cursor.op))
+            if self.segments.table is not table or found is None or found[0] != int(cursor.lsn):
+                return self.segments.table
+            return super()._recover_gather(rc, table, cursor)
 
 
 def _private_index(slot_count: int) -> SlotIndex:

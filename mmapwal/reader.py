@@ -58,7 +58,7 @@ class Reader:
 
     def _take_over(self) -> None:
         """The engine's segments and index."""
-        self.segments: SegmentSet = self._engine.segments
+        self.segments: SegmentSet = self._engine.read_segments
         index = self._engine.index
         self.slots = index.slot_count
         self._slot = index.peek if _LOADS_ARE_ORDERED else index.lookup
@@ -80,8 +80,8 @@ class Reader:
 
     def locate(self, op: int) -> tuple[memoryview, int, int, int, int]:
         """(view of the segment, start, end, kind, timestamp) of the payload; MissingOpError."""
-        slots, lsns = self.plain[:2]
         while True:
+            slots, lsns = self.plain[:2]  # of a reader of what others write there may be new ones
             try:
                 slot = self._slot(op)
             except TypeError:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import stat
 import threading
@@ -20,8 +19,10 @@ from typing import Any, Protocol, Self, runtime_checkable
 from typing_extensions import Buffer
 
 from mmapwal._native import ffi, lib
+from mmapwal.descriptor import DIRECTORY_FLAGS, Descriptor
 from mmapwal.errors import ClosedError, LockedError
 from mmapwal.extras import EXT, LEASES_SEE_MAPPINGS, SHARES_BLOCKS, TMPFS, XFS, copy_blocks, discard
+from mmapwal.filelock import FileLock
 
 __all__ = [
     "Directory",
@@ -335,10 +336,6 @@ class FileStorage(_SystemFile):
             super().sync()
 
 
-_locked: dict[tuple[int, int], int] = {}
-_locked_guard = threading.Lock()
-
-
 class SystemDirectory:
     """A directory of the file system, held by a descriptor, so that a change of the working directory or a
     rename of a parent does not matter. Made if missing and `create`. The modes are of what is made, less the
@@ -355,12 +352,11 @@ class SystemDirectory:
     ) -> None:  # fmt: skip
         self.path = Path(path).absolute()
         self._storage, self._file_mode, self._directory_mode = storage, file_mode, directory_mode
-        self._fd = self._lock_fd = -1
-        self._lock_key: tuple[int, int] | None = None
+        self._lock: FileLock | None = None
         if create:
             self.path.mkdir(mode=directory_mode, exist_ok=True)
-        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-        self._fd = os.open(self.path, flags if follow_links else flags | os.O_NOFOLLOW)
+        flags = DIRECTORY_FLAGS if follow_links else DIRECTORY_FLAGS | os.O_NOFOLLOW
+        self._held: Descriptor | None = Descriptor(self.path, flags)
 
     def __str__(self) -> str:
         return str(self.path)
@@ -372,20 +368,26 @@ class SystemDirectory:
         self.close()
 
     def _open(self, name: str, flags: int, method: SyncMethod) -> Storage:
-        fd = self._descriptor(name, flags)
+        fd = self._open_file(name, flags)
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
             raise OSError(errno.EINVAL, "not a regular file", str(self.path / name))
         return self._storage(fd, str(self.path / name), method, path=self.path / name)
 
-    def _descriptor(self, name: str, flags: int) -> int:
-        if self._fd < 0:  # by another thread
+    def _open_file(self, name: str, flags: int) -> int:
+        with self._directory() as fd:
+            return _check(lib.mw_open(fd, os.fsencode(name), flags, self._file_mode), str(self.path / name))
+
+    def _directory(self) -> Descriptor:
+        """Not closed by another thread for as long as it is used. ClosedError."""
+        held = self._held
+        if held is None:
             raise ClosedError(f"{self.path} is closed")
-        return _check(lib.mw_open(self._fd, os.fsencode(name), flags, self._file_mode), str(self.path / name))
+        return held
 
     def create(self, name: str) -> Storage:
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(name, dir_fd=self._fd)
+            self.unlink(name)
         storage = self._open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, SyncMethod.FDATASYNC)
         lib.mw_set_nocow(storage._file.fd)  # type: ignore[attr-defined]  # refused where it means nothing
         return storage
@@ -397,56 +399,42 @@ class SystemDirectory:
         return self._open(name, flags, sync_method if writable else SyncMethod.FDATASYNC)
 
     def names(self) -> list[str]:
-        return sorted(os.listdir(self._fd))  # noqa: PTH208  # of the descriptor, not the path
+        with self._directory() as fd:
+            return sorted(os.listdir(fd))  # noqa: PTH208  # of the descriptor, not the path
 
     def rename(self, old: str, new: str) -> None:
-        os.rename(old, new, src_dir_fd=self._fd, dst_dir_fd=self._fd)
+        with self._directory() as fd:
+            os.rename(old, new, src_dir_fd=fd, dst_dir_fd=fd)
 
     def unlink(self, name: str) -> None:
-        os.unlink(name, dir_fd=self._fd)
+        with self._directory() as fd:
+            os.unlink(name, dir_fd=fd)
 
     def discard(self, name: str) -> None:
         """DirectoryExtras.discard()"""
-        discard(self._fd, name, in_steps=lib.mw_fs_type(self._fd) in LEASES_SEE_MAPPINGS)
+        with self._directory() as fd:
+            discard(fd, name, in_steps=lib.mw_fs_type(fd) in LEASES_SEE_MAPPINGS)
 
     def sync(self) -> None:
-        _check(lib.mw_fd_sync(self._fd), str(self.path))
+        with self._directory() as fd:
+            _check(lib.mw_fd_sync(fd), str(self.path))
 
     def sync_parent(self) -> None:
-        fd = os.open("..", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._fd)
-        try:
-            _check(lib.mw_fd_sync(fd), str(self.path.parent))
-        finally:
-            os.close(fd)
+        with self._directory() as fd, Descriptor("..", DIRECTORY_FLAGS, dir_fd=fd) as parent:
+            _check(lib.mw_fd_sync(parent), str(self.path.parent))
 
     def subdirectory(self, name: str) -> SystemDirectory:
         modes: Any = {"file_mode": self._file_mode, "directory_mode": self._directory_mode}
         return SystemDirectory(self.path / name, storage=self._storage, follow_links=False, **modes)
 
     def lock(self, name: str) -> None:
-        """flock on the file, and a list of what this process has, for file systems that mimic flock
-        by locks that a process does not have against itself."""
-        fd = self._descriptor(name, os.O_RDWR | os.O_CREAT)
-        info = os.fstat(fd)
-        key = (info.st_dev, info.st_ino)
-        try:
-            with _locked_guard:
-                if _locked.get(key) == os.getpid():
-                    raise LockedError(f"{self.path}: this process has it open already")
-                try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError as e:
-                    raise LockedError(f"{self.path}: another process has it open") from e
-                _locked[key] = os.getpid()
-        except BaseException:
-            os.close(fd)
-            raise
-        self._lock_fd, self._lock_key = fd, key
+        self._lock = FileLock(self._open_file(name, os.O_RDWR | os.O_CREAT), str(self.path))
 
     def best_sync_method(self) -> SyncMethod:
         """RWF_DSYNC where a write into written space changes no metadata. On tmpfs, where nothing is durable
         anyway, a store. Elsewhere write and sync apart, so that a full disk is told from a failed sync."""
-        kind = lib.mw_fs_type(self._fd)
+        with self._directory() as fd:
+            kind = lib.mw_fs_type(fd)
         if kind in {EXT, XFS}:
             return SyncMethod.DSYNC
         if kind == TMPFS and self._storage is MappedStorage:
@@ -454,29 +442,23 @@ class SystemDirectory:
         return SyncMethod.FDATASYNC
 
     def free_bytes(self) -> int | None:
-        info = os.fstatvfs(self._fd)
+        with self._directory() as fd:
+            info = os.fstatvfs(fd)
         return info.f_bavail * info.f_frsize
 
     def after_fork(self) -> None:
-        """Closing a copy of the descriptor leaves the parent's flock where it is."""
-        fd, self._lock_fd = self._lock_fd, -1
-        if fd >= 0:
-            os.close(fd)
+        if self._lock is not None:
+            self._lock.after_fork()
 
     def close(self) -> None:
         # The lock last: nothing is done here any more once another may have it.
-        fds, self._fd, self._lock_fd = (self._fd, self._lock_fd), -1, -1
-        for fd in fds:
-            if fd >= 0:
-                os.close(fd)
-        if self._lock_key is not None:
-            with _locked_guard:
-                if _locked.get(self._lock_key) == os.getpid():
-                    del _locked[self._lock_key]
-            self._lock_key = None
+        self._held = None
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            lock.release()
 
     def __del__(self) -> None:
-        if hasattr(self, "_lock_fd"):
+        if hasattr(self, "_lock"):
             self.close()
 
 

@@ -268,7 +268,7 @@ READING = (
         "one writer at a time",
         (
             Patch(
-                "mmapwal/storage.py",
+                "mmapwal/filelock.py",
                 "                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)\n",
                 "                    pass\n",
             ),
