@@ -32,6 +32,7 @@ from mmapwal.errors import (
     StateMachineError,
     TruncatedError,
 )
+from mmapwal.inspection import inspect
 from mmapwal.journal import Journal, JournalStats
 from mmapwal.opening import Durability
 from mmapwal.reader import Entry
@@ -49,7 +50,7 @@ from mmapwal.storage import (
     SyncMethod,
     SystemDirectory,
 )
-from mmapwal.verify import Problem, VerifyReport, inspect
+from mmapwal.verify import Problem, VerifyReport
 
 __version__ = "0.1.0"
 

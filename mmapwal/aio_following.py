@@ -16,48 +16,59 @@ __all__ = ["AsyncFollowing", "Ringer"]
 
 
 class Ringer:
-    """Wakes those who follow one journal on one loop."""
+    """Wakes those who follow one journal: on each loop by one thread."""
 
     def __init__(self, engine: Followed) -> None:
         self.engine = engine
-        self._sleeping: set[asyncio.Event] = set()
-        self._bell: Bell | None = None
-        self._told = False  # the loop has not taken notice yet
+        self._watches: dict[asyncio.AbstractEventLoop, _Watch] = {}
 
     @contextlib.contextmanager
     def hear(self) -> Iterator[asyncio.Event]:
-        """An event that is set whenever something may have come."""
+        """An event of the running loop that is set whenever something may have come."""
+        loop = asyncio.get_running_loop()
+        for other in [other for other in list(self._watches) if other.is_closed()]:
+            self._watches.pop(other).bell.stop()  # those who slept there ended with it
+        watch = self._watches.get(loop)
+        if watch is None:
+            watch = self._watches[loop] = _Watch(self.engine, loop)
         rung = asyncio.Event()
-        self._sleeping.add(rung)
+        watch.sleeping.add(rung)
         try:
-            if self._bell is None:
-                self._bell = Bell(self.engine)
-                self._bell.listen()
-                args = self._bell, asyncio.get_running_loop()
-                threading.Thread(target=self._watch, args=args, name="mmapwal-follow", daemon=True).start()
             yield rung
         finally:
-            self._sleeping.discard(rung)
-            if not self._sleeping and self._bell is not None:
-                self._bell.stop()
-                self._bell = None
+            watch.sleeping.discard(rung)
+            if not watch.sleeping and self._watches.get(loop) is watch:
+                del self._watches[loop]
+                watch.bell.stop()
 
-    def _watch(self, bell: Bell, loop: asyncio.AbstractEventLoop) -> None:
-        while bell is self._bell:
+
+class _Watch:
+    """Who sleeps on one loop, and the thread that sleeps by the bell for them until that is stopped."""
+
+    def __init__(self, engine: Followed, loop: asyncio.AbstractEventLoop) -> None:
+        self.sleeping: set[asyncio.Event] = set()
+        self.bell = Bell(engine)
+        self.bell.listen()
+        self._loop = loop
+        self._told = False  # the loop has not taken notice yet
+        threading.Thread(target=self._run, name="mmapwal-follow", daemon=True).start()
+
+    def _run(self) -> None:
+        while not self.bell.stopped:
             # What fails here fails for those who follow as well, and is theirs to tell.
             with contextlib.suppress(OSError):
-                bell.wait(LOOK_S)
-                bell.listen()
+                self.bell.wait(LOOK_S)
+                self.bell.listen()
             if not self._told:
                 self._told = True
                 try:
-                    loop.call_soon_threadsafe(self._ring)
+                    self._loop.call_soon_threadsafe(self._ring)
                 except RuntimeError:  # the loop is closed
                     return
 
     def _ring(self) -> None:
         self._told = False
-        for rung in self._sleeping:
+        for rung in self.sleeping:
             rung.set()
 
 
@@ -74,6 +85,11 @@ class AsyncFollowing:
         return self._entries()
 
     async def __anext__(self) -> Entry:
+        for entry in self._rest:
+            return entry
+        self._rest = self._follower.take() or iter(())  # what is there needs no bell
+        for entry in self._rest:
+            return entry
         async with contextlib.aclosing(self._entries()) as entries:
             return await anext(entries)
 

@@ -15,7 +15,7 @@ from mmapwal.engine import Engine
 from mmapwal.errors import CorruptionError, IncompatibleFormatError, JournalError, SnapshotPersistError
 from mmapwal.index import published_progress
 from mmapwal.segment import Segment, make_segment
-from mmapwal.snapshot import Snapshot, SnapshotStore, snapshot_name
+from mmapwal.snapshot import Snapshot, SnapshotStore, read_paired, snapshot_name
 from mmapwal.storage import Directory, MemoryDirectory, Storage
 from mmapwal.superblock import SegmentRecord, Superblock, SuperblockFile, read_superblock
 from mmapwal.verify import scan_segment, stop_problem
@@ -215,8 +215,7 @@ def _checked_snapshot(moment: _Moment) -> Snapshot | None:
     op, checksum = moment.superblock.pairing
     copy = MemoryDirectory()
     copy.create(snapshot_name(op)).write_at(0, moment.snapshot)
-    with SnapshotStore(f"{moment.directory}/{fmt.SNAPSHOTS_NAME}", storage=copy) as store:
-        return store.load_paired(op, checksum)
+    return read_paired(copy, op, checksum, f"{moment.directory}/{fmt.SNAPSHOTS_NAME}")
 
 
 def _snapshots(destination: Directory) -> SnapshotStore:

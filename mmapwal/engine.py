@@ -115,7 +115,7 @@ class Engine:
         self.disposal = Disposal(directory)
         if fmt.SUPERBLOCK_NAME not in directory.names():
             check_empty(directory, options)  # before a lock file is left where no journal may be
-        _engines.add(self)  # also a fork during a long recovery must let go of the lock
+        self.hear_of_forks()  # also one during a long recovery must let go of the lock
         directory.lock(fmt.LOCK_NAME)
         opening = Opening(directory, options)
         try:
@@ -547,9 +547,14 @@ class Engine:
             self.disposal.stop()
             self.directory.close()
 
+    def hear_of_forks(self) -> None:
+        """in_child() is called from now on."""
+        _engines.add(self)
+
     def in_child(self) -> None:
         """After a fork: the writer is the parent's."""
         self.forked = True
+        self.structure = threading.RLock()  # one of the parent's threads may have held it
         if self.writer is not None:
             lib.mw_writer_fork(self.writer)
         self.directory.after_fork()

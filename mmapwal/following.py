@@ -63,7 +63,7 @@ class Bell:
     def __init__(self, engine: Followed) -> None:
         self._engine = engine
         self._word = 0
-        self._stopped = False
+        self.stopped = False
         self._hurries = False  # the last one came within SPIN_S
 
     def listen(self) -> None:
@@ -75,7 +75,7 @@ class Bell:
     def wait(self, timeout_s: float) -> None:
         """Blocks until something may have come, at most so long. A signal ends it. OSError."""
         page = self._engine.follow_page()
-        if self._stopped:
+        if self.stopped:
             return
         if page is None:
             time.sleep(min(timeout_s, NOBODY_S))
@@ -83,13 +83,13 @@ class Bell:
         began = time.monotonic()
         if self._hurries and page.spin(self._word, min(timeout_s, SPIN_S)):
             return
-        if not self._stopped:
+        if not self.stopped:
             page.wait(self._word, min(timeout_s, LOOK_S if page.writable else POLL_S))
         self._hurries = time.monotonic() - began < SPIN_S
 
     def stop(self) -> None:
         """Ends wait() in another thread, now and for ever."""
-        self._stopped = True
+        self.stopped = True
         page = self._engine.follow_page()
         if page is not None:
             page.stir()
@@ -128,9 +128,9 @@ class Follower:
             return None
         life = self._epoch
         self._take_over(self._engine.superblock, durable)
-        limit = durable
-        if self._written and life in (0, self._epoch):  # what is written is of the life before the look
-            limit, life = written, self._epoch
+        if life not in (0, self._epoch):  # what was written may be of a life of the writer that is over
+            written, durable = self._engine.published()
+        limit, life = written if self._written else durable, self._epoch
         while self._at < limit:
             entries = self._take(limit)
             if entries is _NOT_YET:
@@ -332,8 +332,15 @@ class Following:
     """Journal.follow(): an iterator, over what comes next. After an error it goes on behind that."""
 
     def __init__(
-        self, engine: Followed, from_op: int | None, timeout: float | None, *, written: bool = False
+        self,
+        engine: Followed,
+        from_op: int | None,
+        timeout: float | None,
+        *,
+        written: bool = False,
+        owner: object = None,
     ) -> None:
+        self._owner = owner  # who closes the engine when nobody has him any more
         self._follower = Follower(engine, from_op, written=written)
         self._timeout = timeout
         self._rest: Iterator[Entry] = iter(())  # taken, and not given yet

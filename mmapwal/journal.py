@@ -29,6 +29,7 @@ from mmapwal.errors import (
     PoisonedError,
 )
 from mmapwal.following import Following
+from mmapwal.inspection import inspect, inspect_open
 from mmapwal.observer import Observer, ObservingReader
 from mmapwal.opening import Durability, Options
 from mmapwal.reader import DrainedEntries, Reader
@@ -36,7 +37,7 @@ from mmapwal.reading import Reading
 from mmapwal.recovery import RecoveryReport
 from mmapwal.stats import JournalStats, take_stats
 from mmapwal.storage import Directory, SyncMethod, SystemDirectory
-from mmapwal.verify import VerifyReport, inspect, verify_open
+from mmapwal.verify import VerifyReport
 
 __all__ = ["Journal", "JournalStats"]
 
@@ -361,11 +362,12 @@ class Journal(Reading):
         Raises StaleOpError when `from_op`, or what comes next, is at or below the watermark; its ``first_op``
         is the first that can be followed. TruncatedError when something already given, or below `from_op`,
         was removed by truncate_from(), or was written and lost, with the first such op. After either the
-        iterator goes on: above the watermark, with what was appended since. CorruptionError, OSError;
-        PoisonedError behind the last that is durable; ClosedError. Each iterator is for one thread at a
-        time; there may be many."""
+        iterator goes on: above the watermark, with what was appended since. Entries are taken up to some
+        thousand at a time, and what was taken comes first: also when it was truncated meanwhile.
+        CorruptionError, OSError; PoisonedError behind the last that is durable; ClosedError. Each iterator
+        is for one thread at a time; there may be many."""
         first = None if from_op is None else check_op(from_op, "from_op")
-        return Following(self._engine, first, timeout, written=written)
+        return Following(self._engine, first, timeout, written=written, owner=self)
 
     # --- shrinking --------------------------------------------------------------------------------
 
@@ -517,12 +519,13 @@ class Journal(Reading):
         return isinstance(self._engine, Observer)
 
     def verify(self, progress: Progress | None = None) -> VerifyReport:
-        """Checks every durable frame, and the index against them, while the journal goes on. Blocks
-        while it reads everything. Changes nothing. OSError when the disk fails. `readonly`: as inspect()."""
+        """Checks every durable frame, the index against them, and the paired snapshot where recover() keeps
+        it, while the journal goes on. Blocks while it reads everything. Changes nothing. OSError when the
+        disk fails. `readonly`: as inspect()."""
         if self.readonly:
             return inspect(self.directory, progress)
         self._engine.check_usable()
-        return verify_open(self._engine, progress)
+        return inspect_open(self._engine, progress)
 
     def backup(
         self, destination: str | os.PathLike[str] | Directory, progress: Progress | None = None

@@ -50,6 +50,7 @@ class Observer(Engine):
         self.options = options
         self.structure = threading.RLock()
         self.forked = self.closed = False
+        self.hear_of_forks()
         self.report = RecoveryReport()
         self.sync_method = SyncMethod.FDATASYNC
         self.segments = SegmentSet(directory, _NOBODY.uuid, ())

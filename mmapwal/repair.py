@@ -17,10 +17,11 @@ from mmapwal import format as fmt
 from mmapwal._native import ffi, lib
 from mmapwal.errors import CorruptionError, JournalError
 from mmapwal.index import published_progress
+from mmapwal.inspection import inspect
 from mmapwal.segment import Segment, make_segment, native_scan, scan_fields
 from mmapwal.storage import Directory, SystemDirectory
 from mmapwal.superblock import Removal, SegmentRecord, Superblock, SuperblockFile, read_superblock
-from mmapwal.verify import Damage, Problem, damages, inspect
+from mmapwal.verify import Damage, Problem, damages
 
 __all__ = ["RepairReport", "repair"]
 
@@ -32,12 +33,14 @@ COPY_BYTES = 1 << 20
 class RepairReport:
     """What was wrong, which stretches are left out, and where the damaged files are kept. Of what is left out
     only those ops are known whose header is readable. `changed`: whether the journal was repaired; not so
-    when nothing was wrong, or it was only asked what would be."""
+    when nothing was wrong, or it was only asked what would be. `remaining`: what no repair mends, the paired
+    snapshot: recover() refuses it, the journal by itself opens."""
 
     problems: tuple[Problem, ...]
     dropped: tuple[Problem, ...]
     broken: tuple[str, ...]
     changed: bool
+    remaining: tuple[Problem, ...] = ()
 
 
 def repair(
@@ -61,18 +64,26 @@ def repair(
     try:
         if fmt.SUPERBLOCK_NAME in directory.names():
             directory.lock(fmt.LOCK_NAME)
-        problems = inspect(directory, progress).problems
+        problems, remaining = _without_snapshot(inspect(directory, progress).problems)
         superblock = read_superblock(directory)
         if not problems or superblock is None:
             if problems:
                 raise problems[0].error()
-            return RepairReport((), (), (), changed=False)
+            return RepairReport(remaining, (), (), changed=False, remaining=remaining)
         plan = _Plan(directory, superblock, problems)
-        if dry_run:
-            return RepairReport(problems, tuple(plan.dropped), (), changed=False)
-        return plan.carry_out()
+        report = RepairReport(problems, tuple(plan.dropped), (), changed=False)
+        if not dry_run:
+            report = plan.carry_out()
+        return replace(report, problems=(*report.problems, *remaining), remaining=remaining)
     finally:
         directory.close()
+
+
+def _without_snapshot(problems: tuple[Problem, ...]) -> tuple[tuple[Problem, ...], tuple[Problem, ...]]:
+    """The others, and those of the snapshot."""
+    folder = f"{fmt.SNAPSHOTS_NAME}/"
+    of_it = tuple(p for p in problems if p.segment.startswith(folder))
+    return tuple(p for p in problems if p not in of_it), of_it
 
 
 class _Image:
@@ -262,7 +273,7 @@ class _Plan:
             file.remove_files([image.record.name for image in self._images.values() if image.is_there])
         finally:
             file.close()
-        left = inspect(directory).problems
+        left, _ = _without_snapshot(inspect(directory).problems)
         if left:
             raise left[0].error()
         return RepairReport(self._problems, tuple(self.dropped), broken, changed=True)

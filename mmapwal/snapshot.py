@@ -33,7 +33,7 @@ from mmapwal.errors import (
 )
 from mmapwal.storage import Directory, Storage, SystemDirectory
 
-__all__ = ["Snapshot", "SnapshotStore"]
+__all__ = ["Snapshot", "SnapshotStore", "read_paired", "snapshot_name"]
 
 _NAME = re.compile(r"snapshot-([0-9]{20})")
 _TEMPORARY_NAME = re.compile(r"snapshot-[0-9]{20}\.tmp")
@@ -259,7 +259,7 @@ class SnapshotStore:
         """
         with self._guard:
             ops = self.ops()
-            return self._read(ops[-1]) if ops else None
+            return read_snapshot(self._directory, ops[-1], self._label) if ops else None
 
     def load_paired(self, op: int, checksum: int) -> Snapshot:
         """The snapshot that a superblock names by op and checksum, whatever else is there.
@@ -272,54 +272,7 @@ class SnapshotStore:
         checksum = integer("checksum", checksum, 0, 2**32 - 1)
         with self._guard:
             self._refuse_if_closed()
-            snapshot = self._read(op)
-        if snapshot.checksum != checksum:
-            raise SnapshotCorruptError(
-                f"{self._label}/{snapshot_name(op)}: its checksum is {snapshot.checksum:#010x}, "
-                f"the journal is paired with {checksum:#010x}"
-            )
-        return snapshot
-
-    def _read(self, op: int) -> Snapshot:
-        name = snapshot_name(op)
-        try:
-            storage = self._directory.open(name)
-        except FileNotFoundError as e:
-            raise SnapshotError(f"{self._label}/{name}: the snapshot of op {op} is missing") from e
-        try:
-            head = self._check_header(name, op, bytes(storage.read_at(0, _HEADER_BYTES)))
-            view = storage.view().toreadonly()
-        finally:
-            storage.close()
-        if int(head["length"]) != view.nbytes - _HEADER_BYTES:
-            raise self._corrupt(
-                name, f"{view.nbytes - _HEADER_BYTES} bytes of data where the header says {head['length']}"
-            )
-        data = view[_HEADER_BYTES:]
-        checksum = _guarded_crc32c(data, name)
-        if checksum != int(head["data_crc"]):
-            raise self._corrupt(name, "the checksum of its data is wrong")
-        return Snapshot(op, data, int(head["created_at_ns"]), checksum)
-
-    def _check_header(self, name: str, op: int, raw: bytes) -> Any:
-        if len(raw) < _HEADER_BYTES:
-            raise self._corrupt(name, f"only {len(raw)} bytes long")
-        head: Any = np.frombuffer(raw, fmt.SNAPSHOT_HEADER, 1)[0]
-        if bytes(head["magic"]) != fmt.SNAPSHOT_MAGIC:
-            raise self._corrupt(name, "not a snapshot")
-        if int(head["version"]) != fmt.FORMAT_VERSION and not _is_rot_of_version(raw):
-            raise IncompatibleFormatError(
-                f"{self._label}/{name}: format version {head['version']}; "
-                f"this mmapwal reads version {fmt.FORMAT_VERSION}"
-            )
-        if fmt.crc32c(raw[:-_CRC_BYTES]) != int(head["crc"]):
-            raise self._corrupt(name, "the checksum of its header is wrong")
-        if int(head["op"]) != op:
-            raise self._corrupt(name, f"its header says op {head['op']}")
-        return head
-
-    def _corrupt(self, name: str, reason: str) -> SnapshotCorruptError:
-        return SnapshotCorruptError(f"{self._label}/{name}: {reason}")
+            return read_paired(self._directory, op, checksum, self._label)
 
     # --- removing ---------------------------------------------------------------------------------
 
@@ -350,6 +303,59 @@ class SnapshotStore:
     def _refuse_if_closed(self) -> None:
         if self._closed:
             raise ClosedError(f"{self._label}: the snapshot store is closed")
+
+
+def read_paired(directory: Directory, op: int, checksum: int, label: str) -> Snapshot:
+    """SnapshotStore.load_paired(), of a directory that stays as it is. `label` names it in messages."""
+    snapshot = read_snapshot(directory, op, label)
+    if snapshot.checksum != checksum:
+        raise SnapshotCorruptError(
+            f"{label}/{snapshot_name(op)}: its checksum is {snapshot.checksum:#010x}, "
+            f"the journal is paired with {checksum:#010x}"
+        )
+    return snapshot
+
+
+def read_snapshot(directory: Directory, op: int, label: str) -> Snapshot:
+    """The snapshot of an op, checked. SnapshotError when it is missing, SnapshotCorruptError,
+    IncompatibleFormatError, OSError."""
+    name = snapshot_name(op)
+    place = f"{label}/{name}"
+    try:
+        storage = directory.open(name)
+    except FileNotFoundError as e:
+        raise SnapshotError(f"{place}: the snapshot of op {op} is missing") from e
+    try:
+        head = _checked_header(place, op, bytes(storage.read_at(0, _HEADER_BYTES)))
+        view = storage.view().toreadonly()
+    finally:
+        storage.close()
+    if int(head["length"]) != view.nbytes - _HEADER_BYTES:
+        raise SnapshotCorruptError(
+            f"{place}: {view.nbytes - _HEADER_BYTES} bytes of data where the header says {head['length']}"
+        )
+    data = view[_HEADER_BYTES:]
+    checksum = _guarded_crc32c(data, name)
+    if checksum != int(head["data_crc"]):
+        raise SnapshotCorruptError(f"{place}: the checksum of its data is wrong")
+    return Snapshot(op, data, int(head["created_at_ns"]), checksum)
+
+
+def _checked_header(place: str, op: int, raw: bytes) -> Any:
+    if len(raw) < _HEADER_BYTES:
+        raise SnapshotCorruptError(f"{place}: only {len(raw)} bytes long")
+    head: Any = np.frombuffer(raw, fmt.SNAPSHOT_HEADER, 1)[0]
+    if bytes(head["magic"]) != fmt.SNAPSHOT_MAGIC:
+        raise SnapshotCorruptError(f"{place}: not a snapshot")
+    if int(head["version"]) != fmt.FORMAT_VERSION and not _is_rot_of_version(raw):
+        raise IncompatibleFormatError(
+            f"{place}: format version {head['version']}; this mmapwal reads version {fmt.FORMAT_VERSION}"
+        )
+    if fmt.crc32c(raw[:-_CRC_BYTES]) != int(head["crc"]):
+        raise SnapshotCorruptError(f"{place}: the checksum of its header is wrong")
+    if int(head["op"]) != op:
+        raise SnapshotCorruptError(f"{place}: its header says op {head['op']}")
+    return head
 
 
 def _is_rot_of_version(raw: bytes) -> bool:

@@ -1,8 +1,7 @@
-"""Checking a journal without changing it: every frame of every segment, and the index against them."""
+"""Checking frames without changing anything: of segments, of an open journal, and the index against them."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -10,16 +9,15 @@ from typing import Any, Protocol
 from mmapwal import format as fmt
 from mmapwal._native import ffi, lib
 from mmapwal.engine import Engine
-from mmapwal.errors import CorruptionError, JournalError
-from mmapwal.index import SlotIndex, rebuilt_slots
-from mmapwal.recovery import REFUSED, STOP_REASONS, RecoveryRow, decide, refuse, removal_rows, scan_journal
-from mmapwal.segment import Segment, SegmentTable, native_scan, scan_fields
-from mmapwal.storage import Directory, SystemDirectory
-from mmapwal.superblock import SegmentRecord, Superblock, read_superblock
+from mmapwal.errors import CorruptionError
+from mmapwal.index import rebuilt_slots
+from mmapwal.recovery import STOP_REASONS, removal_rows
+from mmapwal.segment import native_scan, scan_fields
+from mmapwal.superblock import SegmentRecord, Superblock
 
 __all__ = [
-    "Damage", "Framed", "Problem", "VerifyReport", "damages", "inspect", "scan_segment", "stop_problem",
-    "verify_open",
+    "Damage", "Framed", "Problem", "VerifyReport", "damages", "index_problems", "scan_segment",
+    "stop_problem", "summary_problems", "verify_open",
 ]  # fmt: skip
 
 Progress = Callable[[int, int], None]
@@ -75,65 +73,6 @@ class Framed(Protocol):
     @property
     def frames(self) -> Any:
         """Pointer to the first byte behind the header page."""
-
-
-def inspect(path: str | os.PathLike[str] | Directory, progress: Progress | None = None) -> VerifyReport:
-    """Checks the journal in a directory, also one that refuses to open. Takes no lock, writes nothing,
-    blocks while it reads everything.
-
-    Beside a live writer it may report what is only under way. FileNotFoundError when no journal is
-    there; IncompatibleFormatError for another format version; OSError when the disk fails.
-    """
-    own = SystemDirectory(path, create=False) if isinstance(path, str | os.PathLike) else None
-    directory: Any = own or path
-    try:
-        try:
-            superblock = read_superblock(directory)
-        except CorruptionError as e:
-            return VerifyReport(0, 0, 0, (Problem.of(e),))
-        if superblock is None:
-            if any(fmt.is_ours(n) for n in directory.names()):
-                gone = Problem(fmt.SUPERBLOCK_NAME, 0, 0, None, "it is gone, but segments are there")
-                return VerifyReport(0, 0, 0, (gone,))
-            raise FileNotFoundError(2, "no journal here", str(directory))
-        return _inspect(directory, superblock, progress)
-    finally:
-        if own is not None:
-            own.close()
-
-
-def _inspect(directory: Directory, superblock: Superblock, progress: Progress | None) -> VerifyReport:
-    problems: list[Problem] = []
-    sound: list[Segment] = []
-    for record in superblock.segments:
-        segment = Segment(directory, superblock.uuid, record)
-        try:
-            segment.check()
-            sound.append(segment)
-        except CorruptionError as e:
-            problems.append(Problem.of(e))
-        except JournalError as e:
-            problems.append(Problem(record.name, 0, record.base_lsn, None, str(e)))
-    table = SegmentTable(sound)
-    index = SlotIndex.open(directory, superblock.uuid, superblock.slot_count)
-    try:
-        durable = index.progress()[1] if index is not None else 0
-        found = scan_journal(table, superblock, durable, progress)
-        row = decide(found.finding)
-        if row in REFUSED or problems:
-            for segment in sound:
-                limit = min(found.proven_lsn, segment.record.end_lsn or segment.record.next_base_lsn)
-                problems += damages(segment, superblock, limit_lsn=limit).problems
-        if row in REFUSED and (row is not RecoveryRow.LOST or not problems):
-            problems.append(Problem.of(refuse(row, found, table)))
-        seal = superblock.seal
-        if seal is not None and not problems and index is not None and index.crc() == seal.index_crc:
-            problems += _index_problems(index.copy(), found.slots[0], seal.lsn, seal.lsn)
-            problems += _summary_problems(found.slots[0], (seal.live, seal.first_op, seal.last_op))
-    finally:
-        if index is not None:
-            index.close()
-    return VerifyReport(found.frames, found.entries, found.scanned_bytes, tuple(problems))
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +157,7 @@ def scan_segment(
     return scan
 
 
-def _index_problems(present: Any, slots: Any, below_lsn: int, end_lsn: int) -> list[Problem]:
+def index_problems(present: Any, slots: Any, below_lsn: int, end_lsn: int) -> list[Problem]:
     """Slots that differ from the newest live frame, where that is below an LSN, or that name what lies
     behind the end."""
     taken = present["lsn"] != 0  # of an empty one nothing else counts
@@ -233,7 +172,7 @@ def _index_problems(present: Any, slots: Any, below_lsn: int, end_lsn: int) -> l
     ]  # fmt: skip
 
 
-def _summary_problems(slots: Any, told: tuple[int, int, int]) -> list[Problem]:
+def summary_problems(slots: Any, told: tuple[int, int, int]) -> list[Problem]:
     """`told`: how many entries are said to live, the first and the last op."""
     ops = slots["op"][slots["lsn"] != 0]
     found = (len(ops), int(ops.min()), int(ops.max())) if len(ops) else (0, 0, 0)
@@ -270,9 +209,9 @@ def verify_open(engine: Engine, progress: Progress | None = None) -> VerifyRepor
             progress(done, total)
     if not problems:
         present = engine.index.copy()
-        wrong = _index_problems(present, slots, int(state.durable_lsn), _staged_lsn(engine))
+        wrong = index_problems(present, slots, int(state.durable_lsn), _staged_lsn(engine))
         if state.durable_lsn == state.written_lsn and not state.staged_bytes:
-            wrong += _summary_problems(slots, (int(state.live), int(state.first_op), int(state.last_op)))
+            wrong += summary_problems(slots, (int(state.live), int(state.first_op), int(state.last_op)))
         if not _removed_since(superblock, int(state.durable_lsn), engine.superblock):
             problems += wrong
     return VerifyReport(frames, entries, scanned, tuple(problems))

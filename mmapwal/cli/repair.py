@@ -18,11 +18,14 @@ def add(commands: Any) -> None:
         description="Makes a journal that refuses to open for damage open again: what verifies stays, what "
         "does not is left out, and nothing else. The damaged files are copied aside first, as .broken. A "
         "backup, where there is one, may have what is left out here. Exit code 0 when nothing was wrong or "
-        "all was repaired; with --dry-run 1 when something would be left out; 2 when it cannot be done.",
+        "all was repaired; with --dry-run 1 when something would be left out; 2 when it cannot be done, "
+        "or not all: nothing mends the snapshot.",
     )
     parser.add_argument("directory", metavar="DIR", type=Path, help="the journal's folder")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be left out")
-    parser.add_argument("--json", action="store_true", help="one object: changed, problems, dropped, broken")
+    parser.add_argument(
+        "--json", action="store_true", help="one object: changed, problems, dropped, broken, remaining"
+    )
     parser.set_defaults(run=run)
 
 
@@ -36,12 +39,18 @@ def run(args: argparse.Namespace) -> int:
         output.json_line({"dry_run": args.dry_run} | dataclasses.asdict(report))
     else:
         _tell(report, dry_run=args.dry_run)
+    if report.remaining:
+        return 2
     return 1 if args.dry_run and report.problems else 0
 
 
 def _tell(report: Any, *, dry_run: bool) -> None:
     if not report.problems:
         output.line("nothing is wrong")
+        return
+    for problem in report.remaining:
+        output.error(f"cannot be repaired: {output.problem_text(problem)}")
+    if len(report.remaining) == len(report.problems):
         return
     for dropped in report.dropped:
         output.line(output.problem_text(dropped))

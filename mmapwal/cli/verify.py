@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmapwal.cli import output
-from mmapwal.verify import inspect
+from mmapwal.inspection import inspect
 
 
 def add(commands: Any) -> None:

@@ -299,6 +299,90 @@ def test_what_was_followed_when_written_and_is_lost_is_told_and_what_takes_its_p
         assert ops(entries) == [4, 5][:lives]
 
 
+def lose_what_is_not_durable(path: Path, reader: Journal) -> None:
+    """As the power does to the cache."""
+    with next(path.glob("segment-*1-00000000")).open("r+b") as f:
+        f.seek(fmt.PAGE_BYTES + reader.durable_lsn - fmt.FIRST_LSN)
+        f.write(bytes(4096))
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_follower_goes_on_where_the_next_life_does_also_behind_what_it_had_passed_by(
+    start: Callable[..., Writer], path: Path, given: bool
+) -> None:
+    """What is below the op that it follows from is not given, and lost all the same."""
+    writer = start("os")
+    writer.append(1)
+    writer.do("append(b'base', op=9)")
+    writer.do("sync()")
+    with Journal(path, readonly=True) as reader:
+        entries = reader.follow(10, timeout=0, written=True)
+        writer.do("append(b'old' * 99, op=2)")
+        if given:
+            writer.do("append(b'x')")
+        assert ops(entries) == [10] * given
+        writer.kill()
+        lose_what_is_not_durable(path, reader)
+        writer = start("os")
+        for op in range(10, 18):
+            writer.do(f"append(b'new', op={op})")
+        if given:
+            with pytest.raises(TruncatedError) as e:
+                list(entries)
+            assert e.value.op == 10
+        assert ops(entries) == list(range(10, 18))
+
+
+@pytest.mark.parametrize("lives", [1, 2])
+def test_who_is_told_of_a_loss_gets_again_what_is_left_above_it_and_nothing_twice_below(
+    start: Callable[..., Writer], path: Path, lives: int
+) -> None:
+    writer = start("os")
+    writer.append(3)
+    writer.do("append(b'nine', op=9)")
+    writer.do("sync()")
+    with Journal(path, readonly=True) as reader:
+        entries = reader.follow(timeout=0, written=True)
+        writer.do("append(b'five', op=5)")
+        assert ops(entries) == [1, 2, 3, 9, 5]
+        writer.kill()
+        lose_what_is_not_durable(path, reader)
+        for life in range(lives):
+            writer = start("os")
+            writer.do(f"append(b'late', op={11 + life})")
+            writer.do("append(b'below', op=4)" if life == 0 else "sync()")
+            writer.close()
+        with pytest.raises(TruncatedError) as e:
+            list(entries)
+        assert e.value.op == 5
+        assert ops(entries) == [9, 11, 4, 12][: 2 + lives]
+
+
+def test_what_a_life_had_written_is_not_taken_for_what_the_next_one_has(
+    start: Callable[..., Writer], path: Path
+) -> None:
+    """Of a batch the end is lost, so all of it is cut off; its frames are still there to be seen."""
+    writer = start("os")
+    writer.append(1)
+    writer.close()
+    writer = start("os")
+    writer.append(4)
+    with Journal(path, readonly=True) as reader:
+        written = reader._engine.published()[0]
+        assert written > reader.durable_lsn
+        writer.kill()
+        with next(path.glob("segment-*1-00000000")).open("r+b") as f:
+            f.seek(fmt.PAGE_BYTES + written - fmt.FIRST_LSN - 16)
+            f.write(bytes(16))
+        writer = start("os")
+        assert ops(reader.follow(timeout=0, written=True)) == [1]
+        with Journal(path, readonly=True) as other:
+            entries = other.follow(timeout=0, written=True)
+            assert ops(entries) == [1]
+            writer.append(2)
+            assert ops(entries) == [2, 3]
+
+
 def test_a_follower_waits_for_a_writer_that_is_not_there_yet(start: Callable[[], Writer], path: Path) -> None:
     path.mkdir()
     with Journal(path, readonly=True) as reader:

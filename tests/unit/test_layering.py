@@ -38,7 +38,7 @@ LAYERS = [
         "following",
         "walking",
     },
-    {"journal", "snapshot", "backup", "repair"},
+    {"journal", "snapshot", "inspection", "backup", "repair"},
     {"replica", "aio", "aio_following", "testing"},
     {"mmapwal"},
     {"cli", "integrations", "__main__"},

@@ -1,0 +1,113 @@
+"""Looking at a whole journal, also one that refuses to open: its segments, its index, and the snapshot that
+it is paired with."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any
+
+from mmapwal import format as fmt
+from mmapwal.engine import Engine
+from mmapwal.errors import CorruptionError, JournalError, SnapshotError
+from mmapwal.index import SlotIndex
+from mmapwal.recovery import REFUSED, RecoveryRow, decide, refuse, scan_journal
+from mmapwal.segment import Segment, SegmentTable
+from mmapwal.snapshot import read_paired, snapshot_name
+from mmapwal.storage import Directory, SystemDirectory
+from mmapwal.superblock import Superblock, read_superblock
+from mmapwal.verify import (
+    Problem,
+    Progress,
+    VerifyReport,
+    damages,
+    index_problems,
+    summary_problems,
+    verify_open,
+)
+
+__all__ = ["inspect", "inspect_open"]
+
+
+def inspect(path: str | os.PathLike[str] | Directory, progress: Progress | None = None) -> VerifyReport:
+    """Checks the journal in a directory, also one that refuses to open, and the snapshot that it is paired
+    with, where recover() keeps that. Takes no lock, writes nothing, blocks while it reads everything.
+
+    Beside a live writer it may report what is only under way. FileNotFoundError when no journal is
+    there; IncompatibleFormatError for another format version; OSError when the disk fails.
+    """
+    own = SystemDirectory(path, create=False) if isinstance(path, str | os.PathLike) else None
+    directory: Any = own or path
+    try:
+        try:
+            superblock = read_superblock(directory)
+        except CorruptionError as e:
+            return VerifyReport(0, 0, 0, (Problem.of(e),))
+        if superblock is None:
+            if any(fmt.is_ours(n) for n in directory.names()):
+                gone = Problem(fmt.SUPERBLOCK_NAME, 0, 0, None, "it is gone, but segments are there")
+                return VerifyReport(0, 0, 0, (gone,))
+            raise FileNotFoundError(2, "no journal here", str(directory))
+        return _inspect(directory, superblock, progress)
+    finally:
+        if own is not None:
+            own.close()
+
+
+def _inspect(directory: Directory, superblock: Superblock, progress: Progress | None) -> VerifyReport:
+    problems: list[Problem] = []
+    sound: list[Segment] = []
+    for record in superblock.segments:
+        segment = Segment(directory, superblock.uuid, record)
+        try:
+            segment.check()
+            sound.append(segment)
+        except CorruptionError as e:
+            problems.append(Problem.of(e))
+        except JournalError as e:
+            problems.append(Problem(record.name, 0, record.base_lsn, None, str(e)))
+    table = SegmentTable(sound)
+    index = SlotIndex.open(directory, superblock.uuid, superblock.slot_count)
+    try:
+        durable = index.progress()[1] if index is not None else 0
+        found = scan_journal(table, superblock, durable, progress)
+        row = decide(found.finding)
+        if row in REFUSED or problems:
+            for segment in sound:
+                limit = min(found.proven_lsn, segment.record.end_lsn or segment.record.next_base_lsn)
+                problems += damages(segment, superblock, limit_lsn=limit).problems
+        if row in REFUSED and (row is not RecoveryRow.LOST or not problems):
+            problems.append(Problem.of(refuse(row, found, table)))
+        seal = superblock.seal
+        if seal is not None and not problems and index is not None and index.crc() == seal.index_crc:
+            problems += index_problems(index.copy(), found.slots[0], seal.lsn, seal.lsn)
+            problems += summary_problems(found.slots[0], (seal.live, seal.first_op, seal.last_op))
+    finally:
+        if index is not None:
+            index.close()
+    problems += _snapshot_problems(directory, superblock)
+    return VerifyReport(found.frames, found.entries, found.scanned_bytes, tuple(problems))
+
+
+def _snapshot_problems(directory: Directory, superblock: Superblock) -> list[Problem]:
+    """None where snapshots are not kept with the journal: nobody knows where they are."""
+    if superblock.pairing is None or fmt.SNAPSHOTS_NAME not in directory.names():
+        return []
+    op, checksum = superblock.pairing
+    snapshots = directory.subdirectory(fmt.SNAPSHOTS_NAME)
+    try:
+        read_paired(snapshots, op, checksum, fmt.SNAPSHOTS_NAME)
+    except SnapshotError as e:
+        return [Problem(f"{fmt.SNAPSHOTS_NAME}/{snapshot_name(op)}", 0, 0, op, str(e))]
+    finally:
+        snapshots.close()
+    return []
+
+
+def inspect_open(engine: Engine, progress: Progress | None = None) -> VerifyReport:
+    """verify_open(), and the snapshot unless it was replaced by a later one meanwhile."""
+    report, superblock = verify_open(engine, progress), engine.superblock
+    problems = _snapshot_problems(engine.directory, superblock)
+    if not problems or engine.superblock.pairing != superblock.pairing:
+        return report
+    return replace(report, problems=(*report.problems, *problems))
