@@ -294,7 +294,7 @@ class CrashDisk:
         """Disks that a crash after the first `after` effects (None: all of them) may leave.
 
         Every one when there are no more than `max_states` (4096: with 12 unsynced sectors and names, each
-        changed once, that is all of them; of more than 7 changes to names the orders are sampled); else
+        changed once, that is all of them; of more than 12 changes to names the orders are sampled); else
         a sample by `seed`, in which are always: nothing of what is unsynced, all of it, each single
         effect missing, and each single one alone. No two are the same. Each is a CrashDisk with a
         record of its own, so that a recovery can be crashed too.

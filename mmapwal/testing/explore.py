@@ -22,7 +22,7 @@ _SHOWN_EFFECTS = 12
 class CrashStats:
     """What was explored. `points`: places where the power went; `states`: disks that were looked at;
     `distinct`: those that were checked, no two the same; `exhaustive_points`: places where every state was
-    (of more than seven unsynced changes of names in one directory, of a sample of their parts and orders);
+    (of more than twelve unsynced changes of names in one directory, of a sample of their parts and orders);
     `seconds`, and how many of them the check took."""
 
     points: int

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from mmapwal.testing.effects import NO_HANDLE, ROOT, SECTOR_BYTES, Effect, EffectKind, Image, join
 
 EXHAUSTIVE_MAX = 4096
-_ORDERED_NAMES_MAX = 7
+_ORDERED_NAMES_MAX = 12
 _SAMPLED_ORDERS = 128
 _KEY_MASK = (1 << 64) - 1
 _BLANK = bytes(SECTOR_BYTES)
@@ -121,6 +121,9 @@ class _NameChange:
             names[self.new] = self.node
 
 
+_Reached = dict[tuple[int, frozenset[tuple[str, int]]], tuple[tuple[int, ...], dict[str, int]]]
+
+
 @dataclass(slots=True)
 class _FolderState:
     durable: dict[str, int]
@@ -159,15 +162,22 @@ class _FolderState:
             singles = [(i,) for i in whole] + [whole[:i] + whole[i + 1 :] for i in whole]
             return [(), *singles, *(whole[:i] for i in whole[2:-1]), *self._some_orders(), whole]
         first_seen: dict[frozenset[tuple[str, int]], tuple[int, ...]] = {}
-        reached: list[tuple[int, ...]] = [()]
-        seen: set[tuple[frozenset[int], frozenset[tuple[str, int]]]] = set()
-        for order in reached:
-            names = frozenset(self.after(order).items())
-            if (frozenset(order), names) in seen:
-                continue
-            seen.add((frozenset(order), names))
-            first_seen.setdefault(names, order)
-            reached.extend((*order, i) for i in whole if self._may_follow(order, i))
+        nodes = [change.node for change in self.changes]
+        barred = [sum(1 << j for j in whole[i:] if j == i or nodes[j] == nodes[i]) for i in whole]
+        # Of each set of changes the names that it can leave, with one order that does: all of one size, then
+        # those of one more.
+        reached = {(0, frozenset(self.durable.items())): ((), self.durable)}  # type: _Reached
+        while reached:
+            following: _Reached = {}
+            for (done, names), (order, present) in reached.items():
+                first_seen.setdefault(names, order)
+                for i in whole:
+                    if not done & barred[i]:
+                        after = dict(present)
+                        self.changes[i].apply(after)
+                        key = done | 1 << i, frozenset(after.items())
+                        following.setdefault(key, ((*order, i), after))
+            reached = following
         all_of_it = frozenset(self.after(whole).items())
         none_of_it = frozenset(self.durable.items())
         between = [o for names, o in first_seen.items() if names not in {all_of_it, none_of_it}]
