@@ -27,7 +27,8 @@ class Ringer:
         """An event of the running loop that is set whenever something may have come."""
         loop = asyncio.get_running_loop()
         for other in [other for other in list(self._watches) if other.is_closed()]:
-            self._watches.pop(other).bell.stop()  # those who slept there ended with it
+            if (gone := self._watches.pop(other, None)) is not None:
+                gone.bell.stop()  # those who slept there ended with it
         watch = self._watches.get(loop)
         if watch is None:
             watch = self._watches[loop] = _Watch(self.engine, loop)
@@ -54,7 +55,7 @@ class _Watch:
         threading.Thread(target=self._run, name="mmapwal-follow", daemon=True).start()
 
     def _run(self) -> None:
-        while not self.bell.stopped:
+        while not (self.bell.stopped or self._loop.is_closed()):
             # What fails here fails for those who follow as well, and is theirs to tell.
             with contextlib.suppress(OSError):
                 self.bell.wait(LOOK_S)
@@ -87,6 +88,7 @@ class AsyncFollowing:
     async def __anext__(self) -> Entry:
         for entry in self._rest:
             return entry
+        await asyncio.sleep(0)  # others have their turn
         self._rest = self._follower.take() or iter(())  # what is there needs no bell
         for entry in self._rest:
             return entry

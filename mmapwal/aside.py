@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
 from collections.abc import Callable
@@ -23,15 +24,25 @@ class _Errand(Generic[T]):
         self._error: BaseException | None = None
 
     def run(self) -> None:
+        """Without collecting garbage: a finaliser may want a lock of the thread that waits for this."""
+        collects = gc.isenabled()
+        gc.disable()
         try:
             self._result.append(self._work())
         except BaseException as e:  # noqa: BLE001  # for the thread that waits
             self._error = e
+        finally:
+            if collects:
+                gc.enable()
 
     def outcome(self) -> T:
-        if self._error is not None:
-            raise self._error
-        return self._result[0]
+        error, self._error = self._error, None
+        if error is None:
+            return self._result[0]
+        try:
+            raise error
+        finally:
+            del error  # or its frames would keep it, and it them
 
 
 @ffi.def_extern()  # type: ignore[untyped-decorator]

@@ -247,10 +247,10 @@ class Engine:
             if not self._poisons:
                 self._poisons.append(self._poison_of_writer())
             stage, cause = self._poisons[0]
-            if not self._poison_told:
-                log.error("the journal is poisoned by a failure in %s", stage, exc_info=cause)
-                self._poison_told = True
-            return stage, cause.with_traceback(None) if cause is not None else None
+            told, self._poison_told = self._poison_told, True
+        if not told:
+            log.error("the journal is poisoned by a failure in %s", stage, exc_info=cause)
+        return stage, cause.with_traceback(None) if cause is not None else None
 
     def _poison_of_writer(self) -> tuple[str, BaseException]:
         """What ended it in C."""
@@ -319,16 +319,14 @@ class Engine:
         work: Callable[[], T] = partial(self._change, new, apply)
         if self.directory.concurrent:
             work = partial(uninterrupted, work)
-        try:
+        with contextlib.suppress(PoisonedError):  # told below, with the first cause
             try:
                 return work()
             except OSError as e:
                 if not self.made_room(e):
                     raise
             return work()
-        except PoisonedError:
-            error = self.poisoned()
-            raise error from error.__cause__
+        raise self.poisoned()
 
     def _change(self, new: Superblock, apply: Callable[[], T]) -> T:
         """Nothing in here logs, or takes a lock that the main thread may hold while it waits for this."""

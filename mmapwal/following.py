@@ -26,6 +26,7 @@ __all__ = ["Bell", "Followed", "Follower", "Following"]
 
 ROWS = 2048
 AHEAD_BYTES = 1 << 20  # who follows large entries need not wait for so many
+NO_OP = 2**63  # above all there are
 NOBODY_S = 0.02  # there is no page yet
 SPIN_S = 0.0003  # to wake who sleeps costs the writer some 10 us, on virtual machines more
 _NOT_YET: Iterator[Entry] = iter(())  # what could come next cannot be had now
@@ -108,7 +109,7 @@ class Follower:
         self._sequence = 0  # of the superblock that was looked at
         self._epoch = 0
         self._proven_lsn = 0  # all below it is known to be durable
-        self._again = (0, 0)  # below this LSN, what is given again: from this op on
+        self._again = (0, 0)  # below this LSN all was given, and only what is from this op on comes again
         self._highest_op = 0  # of what was given
         self._seen_op = 0  # watermark when all there was had been given, or what from_op stands for
         self._unproven: deque[tuple[int, int]] = deque()  # (LSN, op) given and not known to be durable
@@ -128,7 +129,7 @@ class Follower:
             return None
         life = self._epoch
         self._take_over(self._engine.superblock, durable)
-        if life not in (0, self._epoch):  # what was written may be of a life of the writer that is over
+        if life != self._epoch:  # what was written may be of a life of the writer that is over
             written, durable = self._engine.published()
         limit, life = written if self._written else durable, self._epoch
         while self._at < limit:
@@ -180,19 +181,21 @@ class Follower:
         """The lowest op that was given when it was written, and was not there when the writer came back. It
         goes on where that did, also if nothing was given there."""
         lives = superblock.epoch - self._epoch
-        if not lives:
+        if not lives or not self._written:  # what was durable stays
             return None
         # Of several lives none says what the ones before kept.
         start = superblock.epoch_start_lsn if lives == 1 else self._proven_lsn
-        lost = [op for lsn, op in self._unproven if lsn >= start]
-        self._at = min(self._at, max(start, _first_lsn(superblock)))
-        if not lost:
-            return None
-        # All from that op on is void for who is told, so what is left of it comes again, wherever it lies.
-        self._again = self._at, min(lost)
-        self._at = _first_lsn(superblock)
-        self._unproven.clear()
-        return min(lost)
+        lost = min((op for lsn, op in self._unproven if lsn >= start), default=None)
+        again_lsn, again_op = self._again
+        if self._at > start or self._at < again_lsn:
+            # From the first frame on: nothing says where frames begin now. Who is told that all from an op on
+            # is void gets what is left of it again, wherever it lies.
+            ops = [op for op in (lost, again_op if self._at < again_lsn else None) if op is not None]
+            self._again = start, min(ops, default=NO_OP)
+            self._at = _first_lsn(superblock)
+        if lost is not None:
+            self._unproven.clear()
+        return lost
 
     def _stale(self, op: int) -> StaleOpError:
         """It goes on above the watermark."""
@@ -233,6 +236,7 @@ class Follower:
         again_lsn, again_op = self._again
         if self._at < again_lsn:
             found.from_op, limit = max(self._from_op or 0, again_op), min(limit, again_lsn)
+        found.past_gaps = self._at < again_lsn
         count = walk.run(self._at, min(limit, self._at + AHEAD_BYTES), self._room.native, ROWS)
         if count:
             entries = self._given(Gathered(table, self._room, count, True, int(found.stride)))
@@ -269,7 +273,7 @@ class Follower:
         """In a new generation of the segment, a gap may stand for what is before and behind the place."""
         base_lsn = segment.record.base_lsn
         if self._at > base_lsn:
-            walk = Walk(segment, superblock, from_op=2**63, past_gaps=True)
+            walk = Walk(segment, superblock, from_op=NO_OP, past_gaps=True)
             walk.run(base_lsn, self._at)
             found = walk.native
             if not found.failed and found.lsn > self._at:  # what is wrong there, the next walk tells
@@ -320,7 +324,8 @@ class Follower:
     def _lost(self) -> None:
         """Frames are gone that were not given. No matter, if they were dead before they were looked for;
         where the watermark has moved since, entries can be among them."""
-        if self._engine.superblock.watermark > self._seen_op:
+        watermark, (again_lsn, again_op) = self._engine.superblock.watermark, self._again
+        if watermark > self._seen_op and not (self._at < again_lsn and again_op > watermark):
             raise self._stale(self._seen_op + 1)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from mmapwal import format as fmt
 from mmapwal.engine import Engine
-from mmapwal.errors import CorruptionError, JournalError, SnapshotError
+from mmapwal.errors import CorruptionError, IncompatibleFormatError, JournalError, SnapshotError
 from mmapwal.index import SlotIndex
 from mmapwal.recovery import REFUSED, RecoveryRow, decide, refuse, scan_journal
 from mmapwal.segment import Segment, SegmentTable
@@ -97,7 +97,7 @@ def _snapshot_problems(directory: Directory, superblock: Superblock) -> list[Pro
     snapshots = directory.subdirectory(fmt.SNAPSHOTS_NAME)
     try:
         read_paired(snapshots, op, checksum, fmt.SNAPSHOTS_NAME)
-    except SnapshotError as e:
+    except (SnapshotError, IncompatibleFormatError) as e:
         return [Problem(f"{fmt.SNAPSHOTS_NAME}/{snapshot_name(op)}", 0, 0, op, str(e))]
     finally:
         snapshots.close()

@@ -147,6 +147,7 @@ class Observer(Engine):
         if seen is not None and seen == self._slots_seen and self._slots_of is self._superblock:
             return
         reopened = False
+        last: Superblock | None = None
         with self.structure:
             for tries_left in reversed(range(LOOKS)):
                 if not self.look():
@@ -158,16 +159,19 @@ class Observer(Engine):
                 if noted < superblock.sequence and not reopened:  # the page may be of a life before
                     reopened = True
                     self._page_at = float("-inf")
-                elif noted <= superblock.sequence:  # so neither knows of what the other does not
+                elif noted <= superblock.sequence or superblock is last:
+                    # Neither knows of what the other does not, unless the files were copied one by one.
                     try:
-                        self._catch_up(superblock, table, limit)
+                        whole = self._catch_up(superblock, table, limit)
                     except CorruptionError:
                         if not (tries_left and self.look_again(table)):
                             raise
                         reopened = False
                     else:
-                        self._slots_seen = page, word
-                        return
+                        if whole:
+                            self._slots_seen = page, word
+                            return
+                last = superblock
         raise JournalError(f"{self.directory}: the superblock changes faster than it can be read")
 
     def _seen_now(self) -> tuple[ProgressPage, int] | None:
@@ -176,14 +180,16 @@ class Observer(Engine):
             return None
         return page, page.word()
 
-    def _catch_up(self, superblock: Superblock, table: SegmentTable, limit: int) -> None:
+    def _catch_up(self, superblock: Superblock, table: SegmentTable, limit: int) -> bool:
         """What is there is stored before anything is taken out, and the segments follow last: a read beside
-        it finds each live op, and a slot that it saw is another one once its frame is not there."""
+        it finds each live op, and a slot that it saw is another one once its frame is not there. False: a
+        signal handler has read meanwhile and gone further, so all has to be looked at once more."""
         if self.index is self._blank or self.index.slot_count != superblock.slot_count:
             self.index = _private_index(superblock.slot_count)
             self._slots_at, self._slots_of = 0, superblock
             self.read_segments.follow(superblock.segments)
-        known = {record.name for record in self._slots_of.segments}
+        before = self._slots_of
+        known = {record.name for record in before.segments}
         reached = limit = min(limit, superblock.next_base_lsn)
         for segment in table.segments:
             start = segment.record.base_lsn
@@ -191,14 +197,19 @@ class Observer(Engine):
                 start = max(start, self._slots_at)
             if start < min(limit, segment.record.next_base_lsn):
                 reached = max(reached, self._fill(table, segment, start, limit))
-        if superblock is not self._slots_of:
-            self._take_out(superblock, table, limit)
+        if superblock is not before:
+            self._take_out(before, superblock, table, limit)
+        if self._slots_of is not before:
+            self._slots_at = 0
+            return False
+        if superblock is not before:
             self.read_segments.follow(superblock.segments)
-            if superblock.epoch != self._slots_of.epoch:
+            if superblock.epoch != before.epoch:
                 self.read_segments.unmap(superblock.epoch_start_lsn)
         self._slots_at, self._slots_of = max(self._slots_at, reached), superblock
+        return True
 
-    def _take_out(self, superblock: Superblock, table: SegmentTable, limit: int) -> None:
+    def _take_out(self, before: Superblock, superblock: Superblock, table: SegmentTable, limit: int) -> None:
         """Slots of what is removed, and of frames that are not there any more."""
         slots: Any = np.frombuffer(
             ffi.buffer(self.index.slots, self.index.slot_count * fmt.SLOT_BYTES), fmt.SLOT
@@ -207,14 +218,16 @@ class Observer(Engine):
         dead = ops <= superblock.watermark
         for row in superblock.removals:
             dead |= (ops >= row.first) & (ops <= row.last) & (lsns < row.below_lsn)
-        present = {s.record.name: s for s in table.segments}
-        new_generations = {s.record.id: s for s in table.segments}
-        for record in self._slots_of.segments:
+        present = {s.record.name for s in table.segments}
+        for record in before.segments:
             if record.name not in present:
                 inside = (lsns >= record.base_lsn) & (lsns < record.next_base_lsn)
-                renewed = new_generations.get(record.id)
-                if renewed is not None:
-                    inside &= ~np.isin(lsns, self._frames_in(superblock, table, renewed, limit))
+                for (
+                    segment
+                ) in table.segments:  # a new generation, or a longer one in the place of a blank one
+                    there = segment.record
+                    if there.base_lsn < record.next_base_lsn and record.base_lsn < there.next_base_lsn:
+                        inside &= ~np.isin(lsns, self._frames_in(superblock, table, segment, limit))
                 dead |= inside
         lsns[dead] = 0
 
@@ -304,8 +317,10 @@ class Observer(Engine):
         self.close()
 
     def in_child(self) -> None:
-        """What is only read is the child's as well."""
-        self.structure = threading.RLock()  # one of the parent's threads may have held it
+        """What is only read is the child's as well. One of the parent's threads may have held a lock."""
+        self.structure = threading.RLock()
+        self.segments.after_fork()
+        self.read_segments.after_fork()
 
 
 class ObservingReader(Reader):

@@ -263,6 +263,10 @@ class Segment:
         if writer is not None:
             writer.close()
 
+    def after_fork(self) -> None:
+        """In the child: one of the parent's threads may have held the lock."""
+        self._guard = threading.Lock()
+
     def take_error(self) -> BaseException | None:
         """What an injected storage raised into the committer."""
         if not isinstance(self._io, InjectedIO):
@@ -351,6 +355,10 @@ class HeldMappings:
             with self._guard:
                 self._held.append((weakref.ref(mapping.address), mapping.length, now))
 
+    def after_fork(self) -> None:
+        """In the child."""
+        self._guard = threading.Lock()
+
     def held(self) -> list[tuple[int, float]]:
         with self._guard:
             self._held = [h for h in self._held if h[0]() is not None]
@@ -366,6 +374,12 @@ class SegmentSet:
         self.held = HeldMappings()
         self._mapped_since = 0
         self.table = SegmentTable(Segment(directory, uuid, r) for r in records)
+
+    def after_fork(self) -> None:
+        """In the child."""
+        for segment in self.table.segments:
+            segment.after_fork()
+        self.held.after_fork()
 
     def by_id(self, segment_id: int) -> Segment | None:
         return next((s for s in self.table.segments if s.record.id == segment_id), None)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mmapwal import Entry, Journal, Problem, SnapshotError, inspect, recover, repair
+from mmapwal import Entry, IncompatibleFormatError, Journal, Problem, SnapshotError, inspect, recover, repair
 from mmapwal.cli import main
 from mmapwal.replica import StateMachine
 from mmapwal.storage import SystemDirectory
@@ -60,14 +60,20 @@ def of_an_older_state(file: Path) -> None:
     shutil.copy(file.parent.parent.with_name("older") / FILE, file)
 
 
-DAMAGES: list[Callable[[Path], None]] = [Path.unlink, rotten, of_an_older_state]
+def of_no_version(file: Path) -> None:
+    """As another format's would be, or one whose header is rotten."""
+    data = file.read_bytes()
+    file.write_bytes(data[:8] + b"\xff" * 8 + data[16:])
+
+
+DAMAGES: list[Callable[[Path], None]] = [Path.unlink, rotten, of_an_older_state, of_no_version]
 
 
 @pytest.fixture(params=DAMAGES, ids=lambda damage: damage.__name__)
 def damaged(path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
     request.param(path / FILE)
     yield path
-    with pytest.raises(SnapshotError):
+    with pytest.raises((SnapshotError, IncompatibleFormatError)):
         recover(path, Sum())
 
 

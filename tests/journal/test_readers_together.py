@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import shutil
 import signal
 import threading
 import time
@@ -195,6 +196,66 @@ def test_a_follower_that_has_taken_over_a_compaction_takes_no_bytes_from_under_a
         assert bytes(reader.read(20)) == b"new 020" * 50
 
 
+def test_a_reader_has_an_entry_whose_segment_took_the_place_of_a_blank_one(path: Path) -> None:
+    with Journal(path, slots=64, segment_bytes=16384) as writer, Journal(path, readonly=True) as reader:
+        writer.append(b"a" * 1000)
+        writer._engine.prepare_segment()
+        for _ in range(8):
+            writer.append(b"a" * 1000)
+        assert ops(reader) == list(range(1, 10))
+        writer.append(b"B" * 20000)  # too long for what is prepared
+        writer.append(b"c")
+        assert ops(reader) == list(range(1, 12))
+        assert len(reader.read(10)) == 20000
+
+
+def test_a_signal_handler_that_reads_within_a_read_takes_nothing_away_from_it(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Journal(path, slots=64, segment_bytes=16384) as writer, Journal(path, readonly=True) as reader:
+        for _ in range(4):
+            writer.append(b"a" * 1000)
+        assert bytes(reader.read(2)) == b"a" * 1000
+        writer._engine.rotate()
+        writer.append(b"b" * 1000)
+        writer.set_snapshot_op(1)  # another superblock, which the read takes over
+        saw: list[bytes] = []
+        take_out = Observer._take_out
+
+        def handler(number: int, frame: object) -> None:
+            for _ in range(30):
+                writer.append(b"c" * 1000, op=2, replace=True)  # into a segment that the read has not seen
+            saw.append(bytes(reader.read(2)))
+
+        def interrupted(*args: Any) -> None:
+            monkeypatch.undo()
+            signal.raise_signal(signal.SIGUSR1)
+            take_out(*args)
+
+        before = signal.signal(signal.SIGUSR1, handler)
+        try:
+            monkeypatch.setattr(Observer, "_take_out", interrupted)
+            assert bytes(reader.read(2)) == b"c" * 1000
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+        assert saw == [b"c" * 1000]
+        assert ops(reader) == ops(writer)
+
+
+def test_a_copy_of_files_of_different_times_is_read_as_far_as_they_go_together(
+    path: Path, tmp_path: Path, writer: Journal
+) -> None:
+    writer.append_many([b"x"] * 5)
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("superblock", *(file.name for file in path.glob("segment-*"))):
+        shutil.copy(path / name, copy)
+    writer.set_snapshot_op(1)
+    shutil.copy(path / "index", copy)
+    with Journal(copy, readonly=True) as reader:
+        assert ops(reader) == [1, 2, 3, 4, 5]
+
+
 def test_a_directory_that_is_closed_meanwhile_opens_no_file_of_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -312,6 +373,37 @@ def test_who_acknowledges_what_came_is_not_told_that_it_is_stale(writer: Journal
             writer.append(b"y" * 5000)  # in the next segment
             assert writer.compact(wait=True) > 0
     assert got == list(range(1, 10))
+
+
+def test_a_follower_whose_place_lies_behind_a_gap_goes_on_in_the_lives_that_come(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it stands nothing is known to be durable yet, and inside the gap no frame begins."""
+    with Journal(path, slots=64, segment_bytes=1 << 16) as writer:
+        for _ in range(3):
+            writer.append(b"a" * 1000)
+        reader = Journal(path, readonly=True)
+        entries = reader.follow(1, timeout=0)
+        assert ops(entries) == [1, 2, 3]
+        writer.append(b"x" * 1000)
+        look = Observer.look
+
+        def compacted_meanwhile(observer: Observer) -> bool:
+            monkeypatch.undo()
+            for _ in range(20):
+                writer.append(b"y" * 1000, op=4, replace=True)
+            writer._engine.rotate()
+            writer.append(b"z")
+            writer.compact(wait=True)
+            return look(observer)
+
+        monkeypatch.setattr(Observer, "look", compacted_meanwhile)
+        came = ops(entries)  # no more than was durable at its look
+    with reader:
+        for _ in range(2):
+            with Journal(path) as writer:
+                writer.append(b"n")
+        assert came + ops(entries) == [4, 5, 6, 7]
 
 
 def test_an_iterator_keeps_the_journal_that_it_is_of(path: Path) -> None:

@@ -244,7 +244,7 @@ READING = (
     Mutant(
         "pairing not compared",
         "a snapshot is the one that the superblock is paired with",
-        (Patch("mmapwal/snapshot.py", "        if snapshot.checksum != checksum:", "        if False:"),),
+        (Patch("mmapwal/snapshot.py", "    if snapshot.checksum != checksum:", "    if False:"),),
         Method.DAMAGE,
         Failure.ACCEPTED,
         "tests/unit/test_snapshot.py::test_a_paired_snapshot_that_is_missing_damaged_or_another_one_is_refused",

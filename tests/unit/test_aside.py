@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import gc
 import signal
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -66,6 +69,47 @@ def test_other_threads_do_the_work_themselves() -> None:
     thread.join()
     assert done[0][0] == done[0][1]
     assert uninterrupted(threading.get_ident) != threading.get_ident()
+
+
+def test_a_finaliser_that_wants_a_lock_of_the_main_thread_does_not_stop_the_work() -> None:
+    script = """
+import gc, threading
+from mmapwal.aside import uninterrupted
+lock = threading.RLock()
+class Wanting:
+    def __init__(self):
+        self.itself = self
+    def __del__(self):
+        with lock:
+            pass
+def work():
+    for _ in range(10_000):
+        Wanting()
+with lock:
+    uninterrupted(work)
+assert gc.isenabled()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=30, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_error_keeps_nothing_alive_that_it_came_through() -> None:
+    class Held:
+        pass
+
+    def fails(held: Held) -> None:
+        raise KeyError
+
+    held = Held()
+    alive = weakref.ref(held)
+    gc.disable()
+    try:
+        with pytest.raises(KeyError) as caught:
+            uninterrupted(partial(fails, held))
+        del held, caught
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def test_where_no_thread_can_be_had_the_work_is_done_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
