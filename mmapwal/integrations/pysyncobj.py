@@ -18,7 +18,7 @@ import math
 import os
 import struct
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,6 @@ SLOTS = 1 << 20
 RETRY_S = 1.0
 READ_AHEAD = 64
 DUMP_ENTRIES = 2  # the last two that a dump covers: they stand in the log, which is never empty
-REPLY = "next_node_idx"  # of a follower, to what it was sent
 UNPROMISING = {"apply_command", "apply_command_response", "timeout_now"}  # they say nothing of the log
 
 TERM = struct.Struct("<Q")  # before the command, in each entry
@@ -162,7 +161,6 @@ class MmapJournal(RaftJournal):  # type: ignore[misc]
         self._look_again()
         self._unsynced = self._unsaved = False  # entries; term, vote and commit index
         self._failure: BaseException | None = None
-        self.on_cut: Callable[[], None] = _nothing  # called before entries are taken away
         self._retry_at = 0.0
         self._starting = True  # until the dump was loaded
         self._loading = 0  # how many entries of a dump are to come
@@ -356,7 +354,6 @@ class MmapJournal(RaftJournal):  # type: ignore[misc]
     def clear(self) -> None:
         """The log is empty; on the disk it is when the next entry is added, which PySyncObj does at once."""
         self._check()
-        self.on_cut()
         self._loading, self._placeholder = DUMP_ENTRIES, None
 
     def deleteEntriesFrom(self, entryFrom: int) -> None:  # noqa: N802,N803
@@ -367,7 +364,6 @@ class MmapJournal(RaftJournal):  # type: ignore[misc]
         """
         self._check()
         if entryFrom < len(self):
-            self.on_cut()
             self._last = self._first + entryFrom - 1
 
     def deleteEntriesTo(self, entryTo: int) -> None:  # noqa: N802,N803
@@ -465,8 +461,6 @@ class SyncedTransport(TCPTransport):  # type: ignore[misc]
             self._log.journal.close()
             raise
         self._looked_at_dump = False
-        self._replies: list[tuple[Any, Any]] = []
-        self._log.on_cut = self._replies.clear  # no reply promises what is not there any more
         syncObj.addOnTickCallback(self._tick)
 
     def _tick(self) -> None:
@@ -479,34 +473,15 @@ class SyncedTransport(TCPTransport):  # type: ignore[misc]
                 self._log.fail(JournalError(what), for_good=True)
         if not self._syncObj.otherNodes:  # a cluster of one sends nothing
             self._log.sync()
-        self._reply()
-
-    def _reply(self) -> None:
-        """What a follower says to all that it was sent since the last tick: one sync for all."""
-        replies = self._replies[:]
-        self._replies.clear()
-        for node, message in replies:
-            self._send_durably(node, message)
 
     def send(self, node: Any, message: Any) -> bool:
-        """As the library's; False when the log cannot be made durable. A reply leaves in the next tick."""
-        kind = message.get("type") if isinstance(message, dict) else None
-        if kind == REPLY:
-            self._replies.append((node, message))
-            return True
-        self._reply()  # messages stay in order
-        return bool(super().send(node, message)) if kind in UNPROMISING else self._send_durably(node, message)
-
-    def _send_durably(self, node: Any, message: Any) -> bool:
-        try:
-            self._log.sync()
-        except JournalFailedError:  # it was logged, and the log refuses all that follows
-            return False
+        """As the library's; False when the log cannot be made durable."""
+        if not (isinstance(message, dict) and message.get("type") in UNPROMISING):
+            try:
+                self._log.sync()
+            except JournalFailedError:  # it was logged, and the log refuses all that follows
+                return False
         return bool(super().send(node, message))
-
-
-def _nothing() -> None:
-    pass
 
 
 def _create_journal(journal_file: Any = None) -> Any:

@@ -489,49 +489,6 @@ def test_no_promise_leaves_before_it_is_durable_and_many_entries_share_a_sync(
         assert node.log.journal.stats().syncs < 60
 
 
-def test_replies_of_a_tick_share_a_sync_stay_in_order_and_promise_nothing_that_was_taken_away(
-    start: Callable[..., Counter], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ports = free_ports(3)
-    node = start(ports[0], ports[1:])
-    log, transport = node.log, node._SyncObj__transport  # type: ignore[attr-defined]
-    other = next(iter(node.otherNodes))
-    sent: list[Any] = []
-    syncs: list[bool] = []
-    sync = log.journal.sync
-
-    def send(transport: Any, node: Any, message: Any) -> bool:
-        assert is_durable(log)
-        sent.append(message.get("next_node_idx", message["type"]))
-        return True
-
-    def counted() -> int:
-        syncs.append(True)
-        return sync()
-
-    monkeypatch.setattr(TCPTransport, "send", send)
-    monkeypatch.setattr(log.journal, "sync", counted)
-
-    def received(index: int) -> None:
-        log.add(b"command", index, 1)
-        reply = {"type": "next_node_idx", "next_node_idx": index + 1, "reset": False, "success": True}
-        assert transport.send(other, reply)
-
-    first = len(log) + 1
-    for index in range(first, first + 3):
-        received(index)
-    assert (sent, syncs) == ([], [])
-    transport._tick()
-    assert (sent, syncs) == ([first + 1, first + 2, first + 3], [True])
-    received(first + 3)
-    assert transport.send(other, {"type": "response_vote"})
-    assert sent[3:] == [first + 4, "response_vote"]
-    received(first + 4)
-    log.deleteEntriesFrom(len(log) - 1)
-    transport._tick()
-    assert sent[5:] == []
-
-
 def test_a_node_alone_acknowledges_only_what_is_durable(start: Callable[..., Counter]) -> None:
     node = start(free_ports(1)[0])
     tick_until([node], node.isReady)
