@@ -86,28 +86,27 @@ class AsyncFollowing:
         return self._entries()
 
     async def __anext__(self) -> Entry:
-        for entry in self._rest:
-            return entry
-        await asyncio.sleep(0)  # others have their turn
-        self._rest = self._follower.take() or iter(())  # what is there needs no bell
-        for entry in self._rest:
-            return entry
         async with contextlib.aclosing(self._entries()) as entries:
             return await anext(entries)
 
     async def _entries(self) -> AsyncGenerator[Entry, None]:
         loop = asyncio.get_running_loop()
         deadline = None
-        with self._ringer.hear() as rung:
+        rung: asyncio.Event | None = None
+        with contextlib.ExitStack() as stack:
             while True:
                 for entry in self._rest:
                     yield entry
                     deadline = None
-                rung.clear()
+                if rung is not None:
+                    rung.clear()
                 entries = self._follower.take()
                 if entries is not None:
                     self._rest = entries
                     await asyncio.sleep(0)  # others have their turn
+                    continue
+                if rung is None:  # what is there needs no bell; with it, looked at once more
+                    rung = stack.enter_context(self._ringer.hear())
                     continue
                 if self._timeout is not None:
                     deadline = loop.time() + self._timeout if deadline is None else deadline

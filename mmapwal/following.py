@@ -218,16 +218,16 @@ class Follower:
         try:
             table.map(row)
         except CorruptionError:
-            if not self._engine.look_again(table):
+            if not self._looked_again(table):
                 raise
-            self._take_over(self._engine.superblock, 0)
             return None
         segment, before = table.segments[row], self._walk
         walk = self._walk_over(segment)
         if walk is None:
-            if not self._engine.look_again(table) and self._walk_over(segment) is None:
-                return _NOT_YET
-            self._take_over(self._engine.superblock, 0)
+            if not self._looked_again(table):
+                if self._walk_over(segment) is None:
+                    return _NOT_YET
+                self._take_over(self._engine.superblock, 0)
             return None
         if segment.record.name != self._in:
             self._enter(segment, walk.superblock, before)
@@ -244,10 +244,9 @@ class Follower:
             return entries
         error = walk.error()  # behind entries it comes the next time
         if error is not None:
-            if self._engine.look_again(table):  # a longer segment may have taken the place of a blank one
-                self._take_over(self._engine.superblock, 0)
-                return None
-            raise error
+            if not self._looked_again(table):  # a longer segment may have taken the place of a blank one
+                raise error
+            return None
         self._at = int(found.lsn)
         if found.stop == lib.MW_WALK_STALE:
             raise self._stale(int(found.op))
@@ -257,6 +256,13 @@ class Follower:
         elif found.stop == lib.MW_WALK_END or self._at >= segment.record.next_base_lsn:
             self._at = segment.record.next_base_lsn
         return None
+
+    def _looked_again(self, table: SegmentTable) -> bool:
+        """Whether there is another table now; then it goes on by the superblock that has that."""
+        if not self._engine.look_again(table):
+            return False
+        self._take_over(self._engine.superblock, 0)
+        return True
 
     def _walk_over(self, segment: Segment) -> Walk | None:
         """As the superblock in force shows it. None: that does not name it, and hides nothing in it any more;
@@ -311,8 +317,7 @@ class Follower:
 
     def _pass_lost(self, table: SegmentTable, limit: int) -> None:
         """The segment is gone, or its successor is not named yet by the superblock that was looked at."""
-        if self._engine.look_again(table):
-            self._take_over(self._engine.superblock, 0)
+        if self._looked_again(table):
             return
         if self._walk is not None and self._stop_of(self._walk, 2**63) == lib.MW_WALK_END:
             self._at = self._walk.segment.record.next_base_lsn  # all that was in it had been given

@@ -26,7 +26,7 @@ from mmapwal.verify import (
     verify_open,
 )
 
-__all__ = ["inspect", "inspect_open"]
+__all__ = ["inspect", "inspect_journal", "inspect_open", "snapshot_problems"]
 
 
 def inspect(path: str | os.PathLike[str] | Directory, progress: Progress | None = None) -> VerifyReport:
@@ -39,19 +39,29 @@ def inspect(path: str | os.PathLike[str] | Directory, progress: Progress | None 
     own = SystemDirectory(path, create=False) if isinstance(path, str | os.PathLike) else None
     directory: Any = own or path
     try:
-        try:
-            superblock = read_superblock(directory)
-        except CorruptionError as e:
-            return VerifyReport(0, 0, 0, (Problem.of(e),))
+        report, superblock = inspect_journal(directory, progress)
         if superblock is None:
-            if any(fmt.is_ours(n) for n in directory.names()):
-                gone = Problem(fmt.SUPERBLOCK_NAME, 0, 0, None, "it is gone, but segments are there")
-                return VerifyReport(0, 0, 0, (gone,))
-            raise FileNotFoundError(2, "no journal here", str(directory))
-        return _inspect(directory, superblock, progress)
+            return report
+        return replace(report, problems=(*report.problems, *snapshot_problems(directory, superblock)))
     finally:
         if own is not None:
             own.close()
+
+
+def inspect_journal(
+    directory: Directory, progress: Progress | None = None
+) -> tuple[VerifyReport, Superblock | None]:
+    """inspect() without the snapshot, and the superblock; None where that is what is wrong."""
+    try:
+        superblock = read_superblock(directory)
+    except CorruptionError as e:
+        return VerifyReport(0, 0, 0, (Problem.of(e),)), None
+    if superblock is not None:
+        return _inspect(directory, superblock, progress), superblock
+    if not any(fmt.is_ours(n) for n in directory.names()):
+        raise FileNotFoundError(2, "no journal here", str(directory))
+    gone = Problem(fmt.SUPERBLOCK_NAME, 0, 0, None, "it is gone, but segments are there")
+    return VerifyReport(0, 0, 0, (gone,)), None
 
 
 def _inspect(directory: Directory, superblock: Superblock, progress: Progress | None) -> VerifyReport:
@@ -85,29 +95,28 @@ def _inspect(directory: Directory, superblock: Superblock, progress: Progress | 
     finally:
         if index is not None:
             index.close()
-    problems += _snapshot_problems(directory, superblock)
     return VerifyReport(found.frames, found.entries, found.scanned_bytes, tuple(problems))
 
 
-def _snapshot_problems(directory: Directory, superblock: Superblock) -> list[Problem]:
-    """None where snapshots are not kept with the journal: nobody knows where they are."""
+def snapshot_problems(directory: Directory, superblock: Superblock) -> tuple[Problem, ...]:
+    """Of the paired one. None where snapshots are not kept with the journal: nobody knows where they are."""
     if superblock.pairing is None or fmt.SNAPSHOTS_NAME not in directory.names():
-        return []
+        return ()
     op, checksum = superblock.pairing
     snapshots = directory.subdirectory(fmt.SNAPSHOTS_NAME)
     try:
         read_paired(snapshots, op, checksum, fmt.SNAPSHOTS_NAME)
     except (SnapshotError, IncompatibleFormatError) as e:
-        return [Problem(f"{fmt.SNAPSHOTS_NAME}/{snapshot_name(op)}", 0, 0, op, str(e))]
+        return (Problem(f"{fmt.SNAPSHOTS_NAME}/{snapshot_name(op)}", 0, 0, op, str(e)),)
     finally:
         snapshots.close()
-    return []
+    return ()
 
 
 def inspect_open(engine: Engine, progress: Progress | None = None) -> VerifyReport:
     """verify_open(), and the snapshot unless it was replaced by a later one meanwhile."""
     report, superblock = verify_open(engine, progress), engine.superblock
-    problems = _snapshot_problems(engine.directory, superblock)
+    problems = snapshot_problems(engine.directory, superblock)
     if not problems or engine.superblock.pairing != superblock.pairing:
         return report
     return replace(report, problems=(*report.problems, *problems))

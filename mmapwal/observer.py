@@ -162,15 +162,13 @@ class Observer(Engine):
                 elif noted <= superblock.sequence or superblock is last:
                     # Neither knows of what the other does not, unless the files were copied one by one.
                     try:
-                        whole = self._catch_up(superblock, table, limit)
+                        if self._catch_up(superblock, table, limit):
+                            self._slots_seen = page, word
+                            return
                     except CorruptionError:
                         if not (tries_left and self.look_again(table)):
                             raise
                         reopened = False
-                    else:
-                        if whole:
-                            self._slots_seen = page, word
-                            return
                 last = superblock
         raise JournalError(f"{self.directory}: the superblock changes faster than it can be read")
 

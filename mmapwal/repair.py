@@ -17,10 +17,10 @@ from mmapwal import format as fmt
 from mmapwal._native import ffi, lib
 from mmapwal.errors import CorruptionError, JournalError
 from mmapwal.index import published_progress
-from mmapwal.inspection import inspect
+from mmapwal.inspection import inspect_journal, snapshot_problems
 from mmapwal.segment import Segment, make_segment, native_scan, scan_fields
 from mmapwal.storage import Directory, SystemDirectory
-from mmapwal.superblock import Removal, SegmentRecord, Superblock, SuperblockFile, read_superblock
+from mmapwal.superblock import Removal, SegmentRecord, Superblock, SuperblockFile
 from mmapwal.verify import Damage, Problem, damages
 
 __all__ = ["RepairReport", "repair"]
@@ -64,11 +64,12 @@ def repair(
     try:
         if fmt.SUPERBLOCK_NAME in directory.names():
             directory.lock(fmt.LOCK_NAME)
-        problems, remaining = _without_snapshot(inspect(directory, progress).problems)
-        superblock = read_superblock(directory)
-        if not problems or superblock is None:
-            if problems:
-                raise problems[0].error()
+        inspected, superblock = inspect_journal(directory, progress)
+        problems = inspected.problems
+        if superblock is None:
+            raise problems[0].error()
+        remaining = snapshot_problems(directory, superblock)
+        if not problems:
             return RepairReport(remaining, (), (), changed=False, remaining=remaining)
         plan = _Plan(directory, superblock, problems)
         report = RepairReport(problems, tuple(plan.dropped), (), changed=False)
@@ -77,13 +78,6 @@ def repair(
         return replace(report, problems=(*report.problems, *remaining), remaining=remaining)
     finally:
         directory.close()
-
-
-def _without_snapshot(problems: tuple[Problem, ...]) -> tuple[tuple[Problem, ...], tuple[Problem, ...]]:
-    """The others, and those of the snapshot."""
-    folder = f"{fmt.SNAPSHOTS_NAME}/"
-    of_it = tuple(p for p in problems if p.segment.startswith(folder))
-    return tuple(p for p in problems if p not in of_it), of_it
 
 
 class _Image:
@@ -273,9 +267,9 @@ class _Plan:
             file.remove_files([image.record.name for image in self._images.values() if image.is_there])
         finally:
             file.close()
-        left, _ = _without_snapshot(inspect(directory).problems)
-        if left:
-            raise left[0].error()
+        left, _ = inspect_journal(directory)
+        if left.problems:
+            raise left.problems[0].error()
         return RepairReport(self._problems, tuple(self.dropped), broken, changed=True)
 
     def _removals(self) -> tuple[Removal, ...]:

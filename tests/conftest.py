@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
@@ -120,6 +122,25 @@ def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
         return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
 
     return run
+
+
+# --- signal handlers that raise -----------------------------------------------------------------------
+
+
+class AlarmError(Exception):
+    """What the handler of SIGALRM raises."""
+
+
+@pytest.fixture
+def alarm() -> Iterator[Callable[[], None]]:
+    """`alarm()` from any thread: the handler raises AlarmError in the main one."""
+
+    def handler(number: int, frame: object) -> None:
+        raise AlarmError
+
+    before = signal.signal(signal.SIGALRM, handler)
+    yield lambda: signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGALRM)
+    signal.signal(signal.SIGALRM, before)
 
 
 # --- the same journal on each kind of storage ---------------------------------------------------------

@@ -5,9 +5,7 @@ test_signals.py does it at random; here it hits each step of each change.
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +15,9 @@ from mmapwal import Journal
 from mmapwal.engine import Engine
 from mmapwal.segment import SegmentSet
 from mmapwal.superblock import SuperblockFile
+from tests.conftest import AlarmError
 
 ENTRIES = [b"%d" % i * 3000 for i in range(1, 17)]  # some segments
-
-
-class AlarmError(Exception):
-    """What the handler raises."""
 
 
 def append(journal: Journal) -> None:
@@ -49,11 +44,8 @@ STEPS: dict[str, tuple[type, str]] = {
 
 
 @pytest.fixture
-def hit(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], list[str]]]:
+def hit(monkeypatch: pytest.MonkeyPatch, alarm: Callable[[], None]) -> Callable[[str], list[str]]:
     """Has the handler raise before and behind a step of a change; tells how often it was got to."""
-
-    def handler(number: int, frame: object) -> None:
-        raise AlarmError
 
     def hit_step(step: str) -> list[str]:
         owner, name = STEPS[step]
@@ -61,17 +53,15 @@ def hit(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], list[str]]]
 
         def step_hit(*args: Any) -> Any:
             hits.append(step)
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGALRM)
+            alarm()
             result = real(*args)
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGALRM)
+            alarm()
             return result
 
         monkeypatch.setattr(owner, name, step_hit)
         return hits
 
-    before = signal.signal(signal.SIGALRM, handler)
-    yield hit_step
-    signal.signal(signal.SIGALRM, before)
+    return hit_step
 
 
 @pytest.mark.parametrize("step", STEPS)

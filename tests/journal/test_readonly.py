@@ -243,6 +243,13 @@ def test_an_entry_that_is_replaced_while_its_segment_is_rewritten_stays_the_new_
 # --- following across the writer's lives --------------------------------------------------------------
 
 
+def lose(path: Path, lsn: int, length: int = 4096) -> None:
+    """What the first segment has from there on in the cache, as the power does."""
+    with next(path.glob("segment-*1-00000000")).open("r+b") as f:
+        f.seek(fmt.PAGE_BYTES + lsn - fmt.FIRST_LSN)
+        f.write(bytes(length))
+
+
 @pytest.mark.parametrize("end", ["close", "kill"])
 def test_a_follower_goes_on_when_the_writer_dies_and_comes_back(
     start: Callable[[], Writer], path: Path, end: str
@@ -286,9 +293,7 @@ def test_what_was_followed_when_written_and_is_lost_is_told_and_what_takes_its_p
         assert ops(entries) == list(range(1, 8))
         assert ops(reader) == [1, 2, 3]
         writer.kill()
-        with next(path.glob("segment-*-00000000")).open("r+b") as f:  # the cache is lost
-            f.seek(fmt.PAGE_BYTES + reader.durable_lsn - fmt.FIRST_LSN)
-            f.write(bytes(4096))
+        lose(path, reader.durable_lsn)
         for _ in range(lives):
             writer = start("os")
             writer.append(1)
@@ -297,13 +302,6 @@ def test_what_was_followed_when_written_and_is_lost_is_told_and_what_takes_its_p
             list(entries)
         assert e.value.op == 4
         assert ops(entries) == [4, 5][:lives]
-
-
-def lose_what_is_not_durable(path: Path, reader: Journal) -> None:
-    """As the power does to the cache."""
-    with next(path.glob("segment-*1-00000000")).open("r+b") as f:
-        f.seek(fmt.PAGE_BYTES + reader.durable_lsn - fmt.FIRST_LSN)
-        f.write(bytes(4096))
 
 
 @pytest.mark.parametrize("given", [False, True])
@@ -322,7 +320,7 @@ def test_a_follower_goes_on_where_the_next_life_does_also_behind_what_it_had_pas
             writer.do("append(b'x')")
         assert ops(entries) == [10] * given
         writer.kill()
-        lose_what_is_not_durable(path, reader)
+        lose(path, reader.durable_lsn)
         writer = start("os")
         for op in range(10, 18):
             writer.do(f"append(b'new', op={op})")
@@ -346,7 +344,7 @@ def test_who_is_told_of_a_loss_gets_again_what_is_left_above_it_and_nothing_twic
         writer.do("append(b'five', op=5)")
         assert ops(entries) == [1, 2, 3, 9, 5]
         writer.kill()
-        lose_what_is_not_durable(path, reader)
+        lose(path, reader.durable_lsn)
         for life in range(lives):
             writer = start("os")
             writer.do(f"append(b'late', op={11 + life})")
@@ -371,9 +369,7 @@ def test_what_a_life_had_written_is_not_taken_for_what_the_next_one_has(
         written = reader._engine.published()[0]
         assert written > reader.durable_lsn
         writer.kill()
-        with next(path.glob("segment-*1-00000000")).open("r+b") as f:
-            f.seek(fmt.PAGE_BYTES + written - fmt.FIRST_LSN - 16)
-            f.write(bytes(16))
+        lose(path, written - 16, 16)
         writer = start("os")
         assert ops(reader.follow(timeout=0, written=True)) == [1]
         with Journal(path, readonly=True) as other:

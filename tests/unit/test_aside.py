@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import errno
 import gc
-import signal
 import subprocess
-import sys
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
 
@@ -17,24 +15,9 @@ import pytest
 
 from mmapwal import aside
 from mmapwal.aside import uninterrupted
+from tests.conftest import AlarmError
 
-
-class AlarmError(Exception):
-    """What the handler raises."""
-
-
-@pytest.fixture
-def alarm() -> Iterator[None]:
-    def handler(number: int, frame: object) -> None:
-        raise AlarmError
-
-    before = signal.signal(signal.SIGALRM, handler)
-    yield
-    signal.signal(signal.SIGALRM, before)
-
-
-def hit_main() -> None:
-    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGALRM)
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def test_the_result_and_the_error_are_those_of_the_work() -> None:
@@ -47,12 +30,12 @@ def test_the_result_and_the_error_are_those_of_the_work() -> None:
         uninterrupted(fail)
 
 
-def test_a_handler_that_raises_meanwhile_is_heard_when_the_work_is_done(alarm: None) -> None:
+def test_a_handler_that_raises_meanwhile_is_heard_when_the_work_is_done(alarm: Callable[[], None]) -> None:
     steps = []
 
     def work() -> None:
         for step in range(1000):
-            hit_main()
+            alarm()
             steps.append(step)
 
     with pytest.raises(AlarmError):
@@ -71,7 +54,7 @@ def test_other_threads_do_the_work_themselves() -> None:
     assert uninterrupted(threading.get_ident) != threading.get_ident()
 
 
-def test_a_finaliser_that_wants_a_lock_of_the_main_thread_does_not_stop_the_work() -> None:
+def test_a_finaliser_that_wants_a_lock_of_the_main_thread_does_not_stop_the_work(run_python: Run) -> None:
     script = """
 import gc, threading
 from mmapwal.aside import uninterrupted
@@ -89,7 +72,7 @@ with lock:
     uninterrupted(work)
 assert gc.isenabled()
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=30, check=False)
+    done = run_python(script)
     assert done.returncode == 0, done.stderr
 
 
@@ -118,7 +101,7 @@ def test_where_no_thread_can_be_had_the_work_is_done_all_the_same(monkeypatch: p
     assert uninterrupted(threading.get_ident) == threading.get_ident()
 
 
-def test_a_child_of_fork_and_the_end_of_the_interpreter_do_not_hang() -> None:
+def test_a_child_of_fork_and_the_end_of_the_interpreter_do_not_hang(run_python: Run) -> None:
     script = """
 import os, threading
 from mmapwal.aside import uninterrupted
@@ -133,5 +116,5 @@ class Late:
 late = Late()
 late.itself = late
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60, check=False)
-    assert (done.returncode, done.stdout) == (0, b"late\n"), done.stderr
+    done = run_python(script)
+    assert (done.returncode, done.stdout) == (0, "late\n"), done.stderr
