@@ -71,10 +71,10 @@ def test_file_bytes_is_what_the_files_take(home: Home) -> None:
     journal = filled(home)
     with journal._engine.structure:
         sizes = {n: len(d) for n, d in bytes_of(home.directory()).items()}
-        stats = journal.stats()
+        stats, superblock = journal.stats(), superblock_of(home.directory())
     named = sum(size for n, size in sizes.items() if fmt.SEGMENT_NAME.fullmatch(n)) + sizes[fmt.INDEX_NAME]
     assert stats.file_bytes == named
-    assert stats.segments == len(superblock_of(home.directory()).segments)
+    assert stats.segments == len(superblock.segments)
 
 
 def test_a_journal_says_where_it_is(home: Home, tmp_path: Path) -> None:
