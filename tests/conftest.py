@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 from mmapwal.storage import Directory, FileStorage, MemoryDirectory, SystemDirectory
 
@@ -29,6 +29,10 @@ NOTHING_SKIPS = os.environ.get("MMAPWAL_CI") == "1"
 # Where a change goes in, the same code is asked the same questions; elsewhere each run asks others.
 settings.register_profile("mmapwal", deadline=None, print_blob=True, derandomize=NOTHING_SKIPS)
 settings.load_profile("mmapwal")
+# For who asks whether it fails, not how: shrinking a failure may take minutes.
+settings.register_profile(
+    "unshrunk", settings.get_profile("mmapwal"), phases=[Phase.explicit, Phase.generate]
+)
 
 
 # --- a skip says why, and is a failure where everything must run ------------------------------------

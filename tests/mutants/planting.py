@@ -100,7 +100,8 @@ def run_tests(planted: Path, tests: list[str], crash_states: int) -> Outcome:
     """Runs them in a child process with what is planted there, until the first failure."""
     report = planted / "report.xml"
     options = ["-n", "0", "-x", "-p", "no:cacheprovider", "-o", "junit_logging=no", f"--junitxml={report}"]
-    command = [sys.executable, "-m", "pytest", *options, f"--crash-states={crash_states}", *tests]
+    options += [f"--crash-states={crash_states}", "--hypothesis-profile=unshrunk"]
+    command = [sys.executable, "-m", "pytest", *options, *tests]
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parent / "planted"), "MMAPWAL_PLANTED": str(planted)}
     env.pop("PYTEST_ADDOPTS", None)
     done = subprocess.run(
