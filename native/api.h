@@ -101,23 +101,19 @@ enum mw_error {
 
 /* ---- checksums ---- */
 
-struct mw_sum { const uint8_t *data; uint64_t bytes; uint32_t crc; };
-
 uint32_t mw_crc32c(uint32_t seed, const void *data, uint64_t bytes);
 int mw_crc32c_guarded(uint32_t seed, const void *data, uint64_t bytes, uint32_t *crc);
-/* Many at once, so that their latencies overlap. crc: the seed, and then the checksum. */
-void mw_crc32c_many(struct mw_sum *sums, uint64_t count);
-/* What header_crc of each of these headers has to be. */
-void mw_crc32c_frames(uint32_t salt, const struct mw_frame *frames, uint64_t count, uint32_t *crcs);
 
-enum mw_crc32c_ways { MW_CRC32C_PORTABLE = 0, MW_CRC32C_INSTRUCTION = 1, MW_CRC32C_FOLD = 2 };
+enum mw_crc32c_ways {
+    MW_CRC32C_PORTABLE = 0,
+    MW_CRC32C_INSTRUCTION = 1,
+    MW_CRC32C_FOLD = 2,         /* by vectors of 256 bits */
+    MW_CRC32C_FOLD_WIDE = 3,    /* 512 */
+};
 
-int mw_crc32c_best(void);       /* the way that the three above take on this processor */
-/* The same, each by a chosen way; -ENOTSUP where the processor has it not. */
+int mw_crc32c_best(void);       /* the way that is taken on this processor */
+/* By a chosen way; -ENOTSUP where the processor has it not. */
 int mw_crc32c_by(int way, uint32_t seed, const void *data, uint64_t bytes, uint32_t *crc);
-int mw_crc32c_many_by(int way, struct mw_sum *sums, uint64_t count);
-int mw_crc32c_frames_by(int way, uint32_t salt, const struct mw_frame *frames, uint64_t count,
-                        uint32_t *crcs);
 
 /* ---- files ---- */
 

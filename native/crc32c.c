@@ -1,6 +1,6 @@
 /* CRC32C (Castagnoli, reflected polynomial 0x82F63B78; RFC 3720 B.4). The hardware instruction has a
  * latency of 3 and a throughput of 1. So a long input goes as three streams, joined by a table that
- * shifts a CRC over a fixed number of zero bytes, and many inputs go side by side, one in each lane. */
+ * shifts a CRC over a fixed number of zero bytes. Of short ones the processor begins the next by itself. */
 #include <errno.h>
 #include <string.h>
 
@@ -9,8 +9,7 @@
 #define POLY 0x82F63B78u
 #define STREAM 1024u /* bytes a stream */
 #define LINE 64u
-#define LANES 4u
-#define AHEAD 2048u /* bytes that the memory is asked for before a lane gets there */
+#define HEADER (MW_FRAME_BYTES - 4u) /* bytes of a frame's header that its checksum covers */
 
 static uint32_t bytewise[8][256];
 
@@ -28,15 +27,6 @@ static uint32_t portable(uint32_t crc, const uint8_t *p, uint64_t n) {
     }
     while (n--) crc = crc >> 8 ^ bytewise[0][(crc ^ *p++) & 255];
     return crc;
-}
-
-static void portable_many(struct mw_sum *sums, uint64_t count) {
-    for (uint64_t i = 0; i < count; i++) sums[i].crc = ~portable(~sums[i].crc, sums[i].data, sums[i].bytes);
-}
-
-static void portable_frames(uint32_t salt, const struct mw_frame *frames, uint64_t count, uint32_t *crcs) {
-    for (uint64_t i = 0; i < count; i++)
-        crcs[i] = ~portable(~salt, (const uint8_t *)&frames[i].payload_crc, MW_FRAME_BYTES - 4);
 }
 
 #if defined(__x86_64__)
@@ -110,89 +100,26 @@ TARGET static uint32_t instruction(uint32_t seed, const uint8_t *p, uint64_t n) 
     return one_stream(a, p, n);
 }
 
-struct lane {
-    const uint8_t *p;
-    uint64_t left;
-    uint64_t crc;
-    struct mw_sum *sum;
-};
-
-/* All lanes over as many bytes as the shortest one has, in words. */
-TARGET static void step(struct lane *lane) {
-    uint64_t n = lane[0].left;
-    for (unsigned k = 1; k < LANES; k++) n = lane[k].left < n ? lane[k].left : n;
-    n &= ~(uint64_t)7;
-    const uint8_t *p = lane[0].p, *q = lane[1].p, *r = lane[2].p, *s = lane[3].p;
-    uint64_t a = lane[0].crc, b = lane[1].crc, c = lane[2].crc, d = lane[3].crc, i = 0;
-    for (; i + LINE <= n; i += LINE) {
-        __builtin_prefetch(p + i + AHEAD);
-        __builtin_prefetch(q + i + AHEAD);
-        __builtin_prefetch(r + i + AHEAD);
-        __builtin_prefetch(s + i + AHEAD);
-        for (unsigned j = 0; j < LINE; j += 8) {
-            a = CRC64(a, word_at(p + i + j));
-            b = CRC64(b, word_at(q + i + j));
-            c = CRC64(c, word_at(r + i + j));
-            d = CRC64(d, word_at(s + i + j));
-        }
-    }
-    for (; i < n; i += 8) {
-        a = CRC64(a, word_at(p + i));
-        b = CRC64(b, word_at(q + i));
-        c = CRC64(c, word_at(r + i));
-        d = CRC64(d, word_at(s + i));
-    }
-    lane[0].crc = a;
-    lane[1].crc = b;
-    lane[2].crc = c;
-    lane[3].crc = d;
-    for (unsigned k = 0; k < LANES; k++) {
-        lane[k].p += n;
-        lane[k].left -= n;
-    }
-}
-
-TARGET static void instruction_many(struct mw_sum *sums, uint64_t count) {
-    struct lane lane[LANES];
-    unsigned live = 0;
-    for (uint64_t next = 0;;) {
-        while (live < LANES && next < count) {
-            struct mw_sum *sum = &sums[next++];
-            if (sum->bytes >= 3 * STREAM) sum->crc = ~instruction(~sum->crc, sum->data, sum->bytes);
-            else lane[live++] = (struct lane){sum->data, sum->bytes, ~sum->crc, sum};
-        }
-        if (live < LANES) break;
-        step(lane);
-        for (unsigned k = 0; k < live;) {
-            if (lane[k].left >= 8) {
-                k++;
-                continue;
-            }
-            lane[k].sum->crc = ~one_stream(lane[k].crc, lane[k].p, lane[k].left);
-            lane[k] = lane[--live];
-        }
-    }
-    for (unsigned k = 0; k < live; k++) lane[k].sum->crc = ~one_stream(lane[k].crc, lane[k].p, lane[k].left);
-}
-
-/* Seven steps a header: independent ones overlap by themselves. */
-TARGET static void instruction_frames(uint32_t salt, const struct mw_frame *frames, uint64_t count,
-                                      uint32_t *crcs) {
-    for (uint64_t i = 0; i < count; i++) {
-        const uint8_t *p = (const uint8_t *)&frames[i];
-        uint64_t crc = CRC32(~salt, frames[i].payload_crc);
-        for (unsigned j = 8; j < MW_FRAME_BYTES; j += 8) crc = CRC64(crc, word_at(p + j));
-        crcs[i] = ~(uint32_t)crc;
-    }
+/* Words at the places of the frame's own: what was just stored there is loaded without a stall. */
+TARGET static uint32_t instruction_header(uint32_t seed, const uint8_t *p) {
+    uint32_t half;
+    memcpy(&half, p, sizeof half);
+    uint64_t a = CRC32(seed, half);
+    for (unsigned i = sizeof half; i < HEADER; i += 8) a = CRC64(a, word_at(p + i));
+    return (uint32_t)a;
 }
 #endif
 
-static struct mw_crc32c_way ways[] = {
-    [MW_CRC32C_PORTABLE] = {portable, portable_many, portable_frames},
-    [MW_CRC32C_INSTRUCTION] = {NULL, NULL, NULL},
-    [MW_CRC32C_FOLD] = {NULL, NULL, NULL},
+static uint32_t portable_header(uint32_t crc, const uint8_t *p) { return portable(crc, p, HEADER); }
+
+static mw_crc32c_way *ways[] = {
+    [MW_CRC32C_PORTABLE] = portable,
+    [MW_CRC32C_INSTRUCTION] = NULL,
+    [MW_CRC32C_FOLD] = NULL,
+    [MW_CRC32C_FOLD_WIDE] = NULL,
 };
-static const struct mw_crc32c_way *best = &ways[MW_CRC32C_PORTABLE];
+static mw_crc32c_way *best = portable;
+static uint32_t (*best_header)(uint32_t crc, const uint8_t *p) = portable_header;
 
 /* When the library is loaded: no call has to ask whether the tables are there. */
 __attribute__((constructor)) static void build(void) {
@@ -213,47 +140,29 @@ __attribute__((constructor)) static void build(void) {
                                              : shift_stream[k][i ^ lowest] ^ shift_stream[k][lowest];
         }
     if (!have_instruction()) return;
-    ways[MW_CRC32C_INSTRUCTION] = (struct mw_crc32c_way){instruction, instruction_many, instruction_frames};
-    ways[MW_CRC32C_FOLD].frames = instruction_frames;
-    mw_crc32c_fold_way(&ways[MW_CRC32C_FOLD]);
-    best = &ways[ways[MW_CRC32C_FOLD].one != NULL ? MW_CRC32C_FOLD : MW_CRC32C_INSTRUCTION];
+    best_header = instruction_header;
+    ways[MW_CRC32C_INSTRUCTION] = instruction;
+    mw_crc32c_fold_ways(&ways[MW_CRC32C_FOLD], &ways[MW_CRC32C_FOLD_WIDE]);
+    for (int way = MW_CRC32C_PORTABLE; way <= MW_CRC32C_FOLD_WIDE; way++)
+        if (ways[way] != NULL) best = ways[way];
 #endif
 }
 
-uint32_t mw_crc32c(uint32_t seed, const void *data, uint64_t bytes) { return ~best->one(~seed, data, bytes); }
+uint32_t mw_crc32c(uint32_t seed, const void *data, uint64_t bytes) { return ~best(~seed, data, bytes); }
 
-void mw_crc32c_many(struct mw_sum *sums, uint64_t count) { best->many(sums, count); }
-
-void mw_crc32c_frames(uint32_t salt, const struct mw_frame *frames, uint64_t count, uint32_t *crcs) {
-    best->frames(salt, frames, count, crcs);
+uint32_t mw_frame_crc(const struct mw_frame *f, uint32_t salt) {
+    return ~best_header(~salt, (const uint8_t *)f + MW_FRAME_BYTES - HEADER);
 }
 
-int mw_crc32c_best(void) { return (int)(best - ways); }
-
-static const struct mw_crc32c_way *way_of(int way) {
-    bool known = way >= MW_CRC32C_PORTABLE && way <= MW_CRC32C_FOLD;
-    return known && ways[way].one != NULL ? &ways[way] : NULL;
+int mw_crc32c_best(void) {
+    int way = MW_CRC32C_FOLD_WIDE;
+    while (ways[way] != best) way--;
+    return way;
 }
 
 int mw_crc32c_by(int way, uint32_t seed, const void *data, uint64_t bytes, uint32_t *crc) {
-    const struct mw_crc32c_way *w = way_of(way);
-    if (w == NULL) return -ENOTSUP;
-    *crc = ~w->one(~seed, data, bytes);
-    return 0;
-}
-
-int mw_crc32c_many_by(int way, struct mw_sum *sums, uint64_t count) {
-    const struct mw_crc32c_way *w = way_of(way);
-    if (w == NULL) return -ENOTSUP;
-    w->many(sums, count);
-    return 0;
-}
-
-int mw_crc32c_frames_by(int way, uint32_t salt, const struct mw_frame *frames, uint64_t count,
-                        uint32_t *crcs) {
-    const struct mw_crc32c_way *w = way_of(way);
-    if (w == NULL) return -ENOTSUP;
-    w->frames(salt, frames, count, crcs);
+    if (way < MW_CRC32C_PORTABLE || way > MW_CRC32C_FOLD_WIDE || ways[way] == NULL) return -ENOTSUP;
+    *crc = ~ways[way](~seed, data, bytes);
     return 0;
 }
 

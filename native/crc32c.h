@@ -4,13 +4,9 @@
 
 #include "mmapwal.h"
 
-struct mw_crc32c_way {
-    uint32_t (*one)(uint32_t crc, const uint8_t *p, uint64_t n); /* NULL: not on this processor */
-    void (*many)(struct mw_sum *sums, uint64_t count);
-    void (*frames)(uint32_t salt, const struct mw_frame *frames, uint64_t count, uint32_t *crcs);
-};
+typedef uint32_t mw_crc32c_way(uint32_t crc, const uint8_t *p, uint64_t n);
 
-/* Fills in `one` and `many` where the processor multiplies 256 bits without carry. */
-void mw_crc32c_fold_way(struct mw_crc32c_way *way);
+/* By vectors of 256, and of 512, bits; untouched where the processor does not multiply them without carry. */
+void mw_crc32c_fold_ways(mw_crc32c_way **fold, mw_crc32c_way **wide);
 
 #endif

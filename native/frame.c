@@ -1,14 +1,10 @@
-/* One frame: its checksums, and the frame that stands for removed ones. */
+/* One frame: its length, and the frame that stands for removed ones. */
 #include <string.h>
 
 #include "mmapwal.h"
 
 uint64_t mw_frame_bytes(uint64_t payload_bytes) {
     return (MW_FRAME_BYTES + payload_bytes + MW_ALIGN - 1) & ~(uint64_t)(MW_ALIGN - 1);
-}
-
-uint32_t mw_frame_crc(const struct mw_frame *frame, uint32_t salt) {
-    return mw_crc32c(salt, &frame->payload_crc, MW_FRAME_BYTES - sizeof frame->header_crc);
 }
 
 bool mw_frame_hidden(const struct mw_removal *removals, uint32_t count, uint64_t op, uint64_t lsn) {

@@ -4,8 +4,6 @@
 
 #include "mmapwal.h"
 
-#define AHEAD 16u /* rows whose checksums are taken together */
-
 struct gather {
     const struct mw_slot *slots;
     uint64_t slot_count;
@@ -14,16 +12,10 @@ struct gather {
     const uint64_t *ops;
     uint64_t op_count, *taken;
     struct mw_columns *out;
-    uint64_t max, count;
+    uint64_t max;
+    volatile uint64_t count; /* rows that were checked, should the disk fail at the next one */
     int verify;
-    uint64_t hint;          /* row of the table where the last entry was */
-    uint64_t ahead;
-    /* Rows that were taken and not settled: their frames, and the positions they were found at. */
-    struct mw_frame frames[AHEAD];
-    uint64_t at[AHEAD];
-    uint64_t pending;
-    /* What was checked, should the disk fail from here on. */
-    volatile uint64_t settled, settled_at;
+    uint64_t hint;           /* row of the table where the last entry was */
 };
 
 static uint64_t find(struct gather *g, uint64_t lsn) {
@@ -72,7 +64,22 @@ static bool is_still(const struct gather *g, uint64_t op, uint64_t lsn) {
     return mw_slot_load(g->slots, g->slot_count, op, &slot) == 0 && slot.lsn == lsn;
 }
 
-/* 1: a row was added, 0: nothing live there. */
+static void put(struct gather *g, const struct mw_segment_ref *ref, uint64_t row, const struct mw_frame *f) {
+    uint64_t i = g->count;
+    struct mw_columns *out = g->out;
+    out->op[i] = f->op;
+    out->start[i] = MW_PAGE_BYTES + (f->lsn - ref->base_lsn) + MW_FRAME_BYTES;
+    out->end[i] = out->start[i] + f->length;
+    out->lsn[i] = f->lsn;
+    out->timestamp_ns[i] = f->timestamp_ns;
+    out->segment[i] = (uint32_t)row;
+    out->checksum[i] = f->payload_crc;
+    out->kind[i] = f->kind;
+    if (row != out->segment[0]) g->cursor->uniform = 0;
+    g->count = i + 1;
+}
+
+/* Adds a row, or none where nothing lives. */
 static int take(struct gather *g) {
     uint64_t op = g->cursor->op;
     for (;;) {
@@ -86,90 +93,26 @@ static int take(struct gather *g) {
             g->cursor->segment = (uint32_t)row;
             return MW_E_TABLE;
         }
-        struct mw_frame *f = &g->frames[g->pending];
-        rc = check(ref, &slot, f);
-        if (rc != 0) {
-            if (is_still(g, op, slot.lsn)) return rc;
-            continue;
+        struct mw_frame f;
+        rc = check(ref, &slot, &f);
+        if (rc == 0 && g->verify) rc = check_sums(ref, &f);
+        if (rc == 0) {
+            put(g, ref, row, &f);
+            return 0;
         }
-        g->at[g->pending++] = *position(g);
-        uint64_t i = g->count++;
-        struct mw_columns *out = g->out;
-        out->op[i] = op;
-        out->start[i] = MW_PAGE_BYTES + (f->lsn - ref->base_lsn) + MW_FRAME_BYTES;
-        out->end[i] = out->start[i] + f->length;
-        out->lsn[i] = f->lsn;
-        out->timestamp_ns[i] = f->timestamp_ns;
-        out->segment[i] = (uint32_t)row;
-        out->checksum[i] = f->payload_crc;
-        out->kind[i] = f->kind;
-        if (row != out->segment[0]) g->cursor->uniform = 0;
-        return 1;
+        if (is_still(g, op, slot.lsn)) return rc;
     }
-}
-
-/* How many of the pending rows have the right checksums. */
-static uint64_t verified(const struct gather *g) {
-    uint32_t crcs[AHEAD];
-    struct mw_sum sums[AHEAD];
-    const struct mw_columns *out = g->out;
-    uint64_t first = g->count - g->pending, n = 0;
-    while (n < g->pending) { /* rows of one segment have one salt */
-        uint64_t from = n;
-        uint32_t row = out->segment[first + from];
-        while (n < g->pending && out->segment[first + n] == row) n++;
-        mw_crc32c_frames(g->table->refs[row].salt, g->frames + from, n - from, crcs + from);
-        for (uint64_t i = from; i < n; i++) {
-            const uint8_t *frames = g->table->refs[row].frames;
-            sums[i] = (struct mw_sum){frames + (out->start[first + i] - MW_PAGE_BYTES), g->frames[i].length, 0};
-        }
-    }
-    mw_crc32c_many(sums, n);
-    uint64_t right = 0;
-    while (right < n && crcs[right] == g->frames[right].header_crc && sums[right].crc == g->frames[right].payload_crc)
-        right++;
-    return right;
-}
-
-/* Checks the pending rows. Behind one that is wrong all are taken again. */
-static int settle(struct gather *g) {
-    uint64_t right = g->verify ? verified(g) : g->pending, wrong = g->pending - right, first = g->count - wrong;
-    if (wrong != 0) *position(g) = g->at[right];
-    g->count = first;
-    g->pending = 0;
-    __atomic_signal_fence(__ATOMIC_SEQ_CST); /* the rows are in their columns */
-    g->settled = first;
-    g->settled_at = *position(g);
-    if (wrong == 0 || !is_still(g, g->out->op[first], g->out->lsn[first])) return 0;
-    g->cursor->op = g->out->op[first];
-    g->cursor->lsn = g->out->lsn[first];
-    return MW_E_CORRUPT;
 }
 
 static int gather(void *arg) {
     struct gather *g = arg;
-    for (;;) {
-        int failed = 0;
-        while (failed == 0 && g->pending < g->ahead && g->count < g->max && more(g)) {
-            failed = take(g);
-            if (failed >= 0) ++*position(g), failed = 0;
-        }
-        if (g->pending == 0) return failed; /* or all is done */
-        int rc = settle(g); /* a failure behind these comes again */
+    while (g->count < g->max && more(g)) {
+        int rc = take(g);
         if (rc != 0) return rc;
+        ++*position(g);
+        __atomic_signal_fence(__ATOMIC_SEQ_CST); /* in its place, should the disk fail at the next one */
     }
-}
-
-/* -EIO while looking ahead does not tell at which row: the next call looks at each by itself. */
-static int gather_guarded(struct gather *g) {
-    int rc = mw_guarded(gather, g);
-    if (rc == 0) return 0;
-    g->count = g->settled;
-    g->pending = 0;
-    if (rc == -EIO) *position(g) = g->settled_at;
-    if (rc != -EIO || g->count != 0 || g->ahead == 1) return rc;
-    g->ahead = 1;
-    return gather_guarded(g);
+    return 0;
 }
 
 /* What start[0] and end[0] say of all rows when each payload begins so far behind the one before; or 0. */
@@ -188,11 +131,9 @@ int64_t mw_gather(const struct mw_slot *slots, uint64_t slot_count, const struct
                   struct mw_cursor *cursor, const uint64_t *ops, uint64_t op_count, uint64_t *taken,
                   struct mw_columns *out, uint64_t max, int verify) {
     struct gather g = {.slots = slots, .slot_count = slot_count, .table = table, .cursor = cursor, .ops = ops,
-                       .op_count = op_count, .taken = taken, .out = out, .max = max, .verify = verify,
-                       .ahead = AHEAD};
+                       .op_count = op_count, .taken = taken, .out = out, .max = max, .verify = verify};
     cursor->uniform = 1;
-    g.settled_at = *position(&g);
-    int rc = gather_guarded(&g);
+    int rc = mw_guarded(gather, &g);
     cursor->stride = stride_of(&g);
     return rc < 0 && g.count == 0 ? rc : (int64_t)g.count; /* what was taken first; the error comes again */
 }

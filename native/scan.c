@@ -4,17 +4,8 @@
 
 #include "mmapwal.h"
 
-#define GROUP 8u /* frames that are looked at together */
+#define AHEAD 8u   /* frames, as long as the present one, that memory is asked for before they are needed */
 #define KEPT 1024u /* entries of a batch that are kept until it is whole */
-
-/* The next frames as their lengths say, nothing believed yet: copies of their headers, and what their
- * checksums have to be. Many short checksums one by one would wait for each other's results. */
-struct group {
-    struct mw_frame frames[GROUP];
-    uint32_t header_crc[GROUP];
-    uint32_t payload_crc[GROUP];
-    unsigned count, next;
-};
 
 static uint64_t end_lsn(const struct mw_scan *s) {
     uint64_t end = s->base_lsn + s->capacity;
@@ -41,53 +32,15 @@ static int check_header(const struct mw_scan *s, const struct mw_frame *f, uint6
     return 0;
 }
 
-/* Copies the headers of as many frames as follow each other from s->lsn on, up to the group's size. */
-static void copy_headers(const struct mw_scan *s, struct group *g, uint64_t end) {
-    uint64_t lsn = s->lsn;
-    g->next = g->count = 0;
-    while (g->count < GROUP && lsn < end && end - lsn >= MW_FRAME_BYTES) {
-        const uint8_t *at = s->frames + (lsn - s->base_lsn);
-        struct mw_frame *f = &g->frames[g->count++];
-        memcpy(f, at, sizeof *f);
-        uint64_t bytes = mw_frame_bytes(f->length);
-        if (f->type == 0 || f->type == MW_END || bytes > s->base_lsn + s->capacity - lsn) return;
-        __builtin_prefetch(at + GROUP * bytes); /* where a frame of the next group begins, if all are alike */
-        __builtin_prefetch(at + GROUP * bytes + offsetof(struct mw_frame, length));
-        lsn += bytes;
-    }
-}
-
 /* A payload is read only when its header is right: until then its length is anyone's. */
-static void look_ahead(const struct mw_scan *s, struct group *g, uint64_t end) {
-    struct mw_sum sums[GROUP];
-    unsigned of[GROUP], count = 0;
-    copy_headers(s, g, end);
-    mw_crc32c_frames(s->salt, g->frames, g->count, g->header_crc);
-    uint64_t lsn = s->lsn;
-    for (unsigned i = 0; i < g->count; i++) {
-        const struct mw_frame *f = &g->frames[i];
-        if (check_header(s, f, lsn, g->header_crc[i]) != 0) {
-            g->count = i + 1;
-            break;
-        }
-        if (f->type == MW_ENTRY) {
-            of[count] = i;
-            sums[count++] = (struct mw_sum){s->frames + (lsn - s->base_lsn) + MW_FRAME_BYTES, f->length, 0};
-        }
-        lsn += mw_frame_bytes(f->length);
-    }
-    mw_crc32c_many(sums, count);
-    for (unsigned i = 0; i < count; i++) g->payload_crc[of[i]] = sums[i].crc;
-}
-
-static int check_frame(struct mw_scan *s, const struct group *g) {
-    const struct mw_frame *f = &g->frames[g->next];
-    int stop = check_header(s, f, s->lsn, g->header_crc[g->next]);
+static int check_frame(struct mw_scan *s, const struct mw_frame *f, const uint8_t *payload) {
+    if (f->type == 0 && is_blank(f)) return MW_STOP_BLANK;
+    int stop = check_header(s, f, s->lsn, mw_frame_crc(f, s->salt));
     if (stop != 0) return stop;
     s->op = f->op;
     if (f->link != s->link) return MW_STOP_LINK;
     if (f->epoch < s->last_epoch) return MW_STOP_OLD_EPOCH;
-    if (f->type == MW_ENTRY && f->payload_crc != g->payload_crc[g->next]) return MW_STOP_PAYLOAD;
+    if (f->type == MW_ENTRY && f->payload_crc != mw_crc32c(0, payload, f->length)) return MW_STOP_PAYLOAD;
     return 0;
 }
 
@@ -140,40 +93,49 @@ static int insert_batch(struct mw_scan *s, struct batch *b, uint64_t to_lsn) {
     return stop;
 }
 
+/* A frame that is good takes effect: 0, or why the scan ends at it or behind it. */
+static int accept_frame(struct mw_scan *s, struct batch *batch, const struct mw_frame *f, bool inserts) {
+    uint64_t next = s->lsn + mw_frame_bytes(f->length);
+    if (inserts && (f->flags & MW_FLAG_MORE)) {
+        keep(batch, f);
+    } else if (inserts) {
+        struct mw_slot slot = slot_of(f);
+        int stop = s->batch_lsn != s->lsn ? insert_batch(s, batch, s->lsn) : 0;
+        if (stop == 0 && f->type == MW_ENTRY) stop = insert(s, &slot);
+        if (stop != 0) return stop;
+    }
+    if (f->type == MW_ENTRY) s->entry_count++;
+    if (s->frame_count++ == 0) s->first_epoch = f->epoch;
+    if (f->durable_lsn > s->durable_lsn) s->durable_lsn = f->durable_lsn;
+    s->last_epoch = f->epoch;
+    s->link = f->type == MW_GAP ? f->payload_crc : f->header_crc;
+    s->lsn = next;
+    if (!(f->flags & MW_FLAG_MORE)) {
+        s->batch_lsn = next;
+        s->batch_link = s->link;
+    }
+    return f->type == MW_END ? MW_STOP_END : 0;
+}
+
+/* One frame after the other: the processor is at the next ones before a checksum is there. */
 static int scan(struct mw_scan *s) {
     uint64_t end = end_lsn(s);
     bool inserts = s->slots != NULL || s->removal_count != 0;
-    struct group g = {.count = 0};
     struct batch batch;
     batch.count = 0;
-    for (;; g.next++) {
+    for (;;) {
         s->op = 0;
         if (s->lsn >= s->limit_lsn) return MW_STOP_LIMIT;
         if (end - s->lsn < MW_FRAME_BYTES) return MW_STOP_LENGTH;
-        if (g.next == g.count) look_ahead(s, &g, end);
-        const struct mw_frame *f = &g.frames[g.next];
-        if (f->type == 0 && is_blank(f)) return MW_STOP_BLANK;
-        int stop = check_frame(s, &g);
+        const uint8_t *at = s->frames + (s->lsn - s->base_lsn);
+        struct mw_frame f;
+        memcpy(&f, at, sizeof f);
+        uint64_t bytes = mw_frame_bytes(f.length); /* anyone's, too: where it leads nowhere, nothing is read */
+        __builtin_prefetch(at + AHEAD * bytes);
+        __builtin_prefetch(at + AHEAD * bytes + offsetof(struct mw_frame, length));
+        int stop = check_frame(s, &f, at + MW_FRAME_BYTES);
+        if (stop == 0) stop = accept_frame(s, &batch, &f, inserts);
         if (stop != 0) return stop;
-        uint64_t next = s->lsn + mw_frame_bytes(f->length);
-        if (inserts && (f->flags & MW_FLAG_MORE)) {
-            keep(&batch, f);
-        } else if (inserts) {
-            struct mw_slot slot = slot_of(f);
-            if (s->batch_lsn != s->lsn && (stop = insert_batch(s, &batch, s->lsn)) != 0) return stop;
-            if (f->type == MW_ENTRY && (stop = insert(s, &slot)) != 0) return stop;
-        }
-        if (f->type == MW_ENTRY) s->entry_count++;
-        if (s->frame_count++ == 0) s->first_epoch = f->epoch;
-        if (f->durable_lsn > s->durable_lsn) s->durable_lsn = f->durable_lsn;
-        s->last_epoch = f->epoch;
-        s->link = f->type == MW_GAP ? f->payload_crc : f->header_crc;
-        s->lsn = next;
-        if (!(f->flags & MW_FLAG_MORE)) {
-            s->batch_lsn = next;
-            s->batch_link = s->link;
-        }
-        if (f->type == MW_END) return MW_STOP_END;
     }
 }
 

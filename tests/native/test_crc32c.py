@@ -22,7 +22,7 @@ LONGEST = 4096
 NOISE = bytes((i * i * 31 + i * 7 + (i >> 8)) & 255 for i in range(8 * STREAM))
 SEEDS = st.one_of(st.sampled_from([0, 1, 2**31, 2**32 - 1]), st.integers(0, 2**32 - 1))
 ALL_WAYS = {"portable": lib.MW_CRC32C_PORTABLE, "instruction": lib.MW_CRC32C_INSTRUCTION,
-            "fold": lib.MW_CRC32C_FOLD}  # fmt: skip
+            "fold": lib.MW_CRC32C_FOLD, "wide": lib.MW_CRC32C_FOLD_WIDE}  # fmt: skip
 
 
 def has(way: int) -> bool:
@@ -50,11 +50,13 @@ def test_the_best_way_that_the_processor_has_is_taken() -> None:
         wanted.add("instruction")
         if {"avx2", "pclmulqdq", "vpclmulqdq"} <= flags:
             wanted.add("fold")
+            if {"avx512f", "avx512vl"} <= flags:
+                wanted.add("wide")
     assert set(WAYS) == wanted
     assert lib.mw_crc32c_best() == max(WAYS.values())
 
 
-@pytest.mark.parametrize("way", [-1, lib.MW_CRC32C_FOLD + 1])
+@pytest.mark.parametrize("way", [-1, lib.MW_CRC32C_FOLD_WIDE + 1])
 def test_a_way_that_is_not_there_is_refused(way: int) -> None:
     assert lib.mw_crc32c_by(way, 0, b"", 0, ffi.new("uint32_t *")) == -errno.ENOTSUP
     assert lib.mw_crc32c_many_by(way, ffi.NULL, 0) == -errno.ENOTSUP
