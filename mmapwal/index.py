@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import errno
 import struct
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from mmapwal.storage import Directory, Storage
 __all__ = ["SlotIndex"]
 
 _STEP = bytes(1 << 20)
+PIECE_SLOTS = (1 << 20) // fmt.SLOT_BYTES
 
 
 def _header(uuid: bytes, slot_count: int) -> bytes:
@@ -109,30 +109,21 @@ class SlotIndex:
         _check(lib.mw_crc32c_guarded(0, self.slots, self.slot_count * fmt.SLOT_BYTES, out))
         return int(out[0])
 
-    def fill(
-        self, older: npt.NDArray[Any], newer: npt.NDArray[Any], threads: int = 1
-    ) -> tuple[int, int, int]:
-        """Takes over slots that were rebuilt elsewhere, and returns their summary; those of `newer` win, and
-        `older` is changed. The same array twice: all of one.
+    def fill(self, older: npt.NDArray[Any], newer: npt.NDArray[Any]) -> tuple[int, int, int]:
+        """Takes over slots that were rebuilt elsewhere, and returns their summary; those of `newer` win. The
+        same array twice: all of one.
 
-        By a write: stores into the mapping would pay for a page fault in every page of it. OSError.
+        By writes: stores into the mapping would pay for a page fault in every page of it. In pieces that are
+        still in the processor's cache when they are written; several threads gain nothing by it. OSError.
         """
-        into = slot_pointer(older)
-
-        def part(number: int) -> tuple[int, int, int]:
-            first, end = (self.slot_count * n // threads for n in (number, number + 1))
-            out = ffi.new("struct mw_summary *")
-            _check(lib.mw_slots_merge(into, into, slot_pointer(newer), first, end - first, out))
-            return int(out.live), int(out.first_op), int(out.last_op)
-
-        if threads == 1:
-            summary = part(0)
-        else:
-            with ThreadPoolExecutor(threads) as pool:
-                live, first_ops, last_ops = zip(*pool.map(part, range(threads)), strict=True)
-            summary = sum(live), min((op for op in first_ops if op), default=0), max(last_ops)
-        self._storage.write_at(fmt.PAGE_BYTES, older.data)
-        return summary
+        out = ffi.new("struct mw_summary *")
+        piece = np.empty(min(PIECE_SLOTS, self.slot_count), fmt.SLOT)
+        for first in range(0, self.slot_count, PIECE_SLOTS):
+            count = min(PIECE_SLOTS, self.slot_count - first)
+            old, new = slot_pointer(older) + first, slot_pointer(newer) + first
+            _check(lib.mw_slots_merge(slot_pointer(piece), old, new, count, out))
+            self._storage.write_at(fmt.PAGE_BYTES + first * fmt.SLOT_BYTES, piece[:count].data)
+        return int(out.live), int(out.first_op), int(out.last_op)
 
     def summary(self) -> tuple[int, int, int]:
         """How many slots are taken, and the first and the last op in them. Walks them all."""

@@ -183,7 +183,7 @@ class Opening:
         watch.lap("epoch")
         self.index = index or SlotIndex.create(self.directory, superblock.uuid, superblock.slot_count)
         if found.slots:
-            self.summary = self.index.fill(found.slots[0], found.slots[-1], len(found.slots))
+            self.summary = self.index.fill(found.slots[0], found.slots[-1])
             found.slots = ()
         report = self.report
         report.frames, report.entries, report.scanned_bytes = found.frames, found.entries, found.scanned_bytes

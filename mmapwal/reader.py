@@ -32,6 +32,10 @@ _NO_ROW = 2**32 - 1
 _LOADS_ARE_ORDERED = platform.machine() in {"x86_64", "AMD64", "i686", "i386"}
 
 
+OpsRange = tuple[int, int, npt.NDArray[Any] | None]
+"""The first and the last op, and, where few of those between live, which."""
+
+
 class Entry(NamedTuple):
     """One entry. ``payload`` is a read-only slice of the mapping; it stays right as long as it is held."""
 
@@ -225,7 +229,7 @@ class Reader:
 
     # --- many -------------------------------------------------------------------------------------
 
-    def _range(self, first: int | None, last: int | None) -> tuple[int, int, npt.NDArray[Any] | None]:
+    def _range(self, first: int | None, last: int | None) -> OpsRange:
         """The ops to look at: a range to walk, or, where few of a wide range live, those that do."""
         if self.closed is not None:
             raise self.closed
@@ -246,7 +250,10 @@ class Reader:
         self, first: int | None, last: int | None, *, verify: bool, rows: int = COLUMN_ROWS
     ) -> Iterator[Gathered]:
         """The live entries of a range, at most `rows` at a time, until it is done."""
-        low, high, ops = self._range(first, last)
+        yield from self._chunks(self._range(first, last), verify=verify, rows=rows)
+
+    def _chunks(self, ops_range: OpsRange, *, verify: bool, rows: int = COLUMN_ROWS) -> Iterator[Gathered]:
+        low, high, ops = ops_range
         out = Room(rows)
         room = min(FIRST_ROWS, rows)
         cursor = ffi.new("struct mw_cursor *", {"op": low, "last_op": high})
@@ -337,9 +344,9 @@ class Reader:
         return columns.copied_headers(self.chunks(first, last, verify=False))
 
     def columns(self, first: int | None, last: int | None) -> Columns:
-        low, high, ops = self._range(first, last)
+        low, high, ops = ops_range = self._range(first, last)
         rows = len(ops) if ops is not None else max(0, high - low + 1)
-        return columns.collect_columns(self.chunks(low, high, verify=True), rows)
+        return columns.collect_columns(self._chunks(ops_range, verify=True), rows)
 
     def arrays(self, first: int | None, last: int | None) -> Iterator[npt.NDArray[np.uint8]]:
         return (run.payloads() for run in columns.runs_of(self.chunks(first, last, verify=True)))

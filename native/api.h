@@ -158,6 +158,7 @@ int mw_copy_guarded(void *to, const void *from, uint64_t bytes);
 /* ---- frames ---- */
 
 uint64_t mw_frame_bytes(uint64_t payload_bytes);
+uint32_t mw_frame_crc(const struct mw_frame *frame, uint32_t salt); /* what its header_crc has to be */
 void mw_make_gap(struct mw_frame *gap, const struct mw_frame *last, uint64_t lsn, uint64_t bytes,
                  uint32_t link, uint32_t salt);
 
@@ -240,10 +241,10 @@ struct mw_summary {
 };
 
 /* Of two neighbouring stretches of frames, each scanned into slots of its own: whether two ops want
- * one slot; and the slots of both as one, `rows` of them from `first` on, and what they hold. */
+ * one slot; and the slots of both as one, with what they hold added to the summary. */
 int mw_slots_clash(const struct mw_slot *older, const struct mw_slot *newer, uint64_t slot_count);
 int mw_slots_merge(struct mw_slot *to, const struct mw_slot *older, const struct mw_slot *newer,
-                   uint64_t first, uint64_t rows, struct mw_summary *out);
+                   uint64_t count, struct mw_summary *summary);
 int mw_slots_clear(struct mw_slot *slots, uint64_t slot_count);
 int mw_slots_summary(const struct mw_slot *slots, uint64_t slot_count, struct mw_summary *out);
 int mw_slots_copy(struct mw_slot *to, const struct mw_slot *from, uint64_t slot_count);

@@ -49,8 +49,9 @@ static int store_progress(void *arg) {
 
 int publish_progress(struct mw_writer *w) { return mw_guarded_unarmed(store_progress, w); }
 
-/* What only the leader knows: epoch, durable LSN and link, as in `as`. Without the mutex: the group is the leader's,
- * and others look at ops, types and lengths in it. The link of the frame that comes next. */
+/* What only the leader knows: epoch, durable LSN and link, as in `as`; and the checksums, of the copies: the callers'
+ * payloads may have changed. Without the mutex: the group is the leader's, and others look at ops, types and lengths
+ * in it. The link of the frame that comes next. */
 static uint32_t stamp(struct group *g, const struct part *p, const struct mw_target *t, const struct mw_frame *as) {
     uint32_t link = as->link;
     for (uint64_t at = p->from; at < p->to;) {
@@ -58,6 +59,7 @@ static uint32_t stamp(struct group *g, const struct part *p, const struct mw_tar
         f->epoch = as->epoch;
         f->durable_lsn = as->durable_lsn;
         f->link = link;
+        if (f->type == MW_ENTRY) f->payload_crc = mw_crc32c(0, (const uint8_t *)f + MW_FRAME_BYTES, f->length);
         f->header_crc = mw_frame_crc(f, t->salt);
         link = f->header_crc;
         at += mw_frame_bytes(f->length);

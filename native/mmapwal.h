@@ -32,7 +32,6 @@ int mw_guarded(int (*fn)(void *), void *arg);
 int mw_guarded_unarmed(int (*fn)(void *), void *arg);
 int mw_guard_arm(void);
 
-uint32_t mw_frame_crc(const struct mw_frame *frame, uint32_t salt);
 bool mw_frame_hidden(const struct mw_removal *removals, uint32_t count, uint64_t op, uint64_t lsn);
 
 /* Loads and stores in the mapped index: a guard is up, and who stores holds the writer's mutex. */

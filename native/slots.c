@@ -107,14 +107,15 @@ int mw_slots_copy(struct mw_slot *to, const struct mw_slot *from, uint64_t slot_
 struct merge {
     struct mw_slot *to;
     const struct mw_slot *older, *newer;
-    uint64_t first, end;
+    uint64_t count;
     struct mw_summary *summary;
 };
 
 static int merge(void *arg) {
     struct merge *m = arg;
-    struct mw_summary sum = {0, UINT64_MAX, 0};
-    for (uint64_t i = m->first; i < m->end; i++) {
+    struct mw_summary sum = *m->summary;
+    if (sum.live == 0) sum.first_op = UINT64_MAX;
+    for (uint64_t i = 0; i < m->count; i++) {
         const struct mw_slot slot = m->newer[i].lsn != 0 ? m->newer[i] : m->older[i];
         m->to[i] = slot;
         if (slot.lsn != 0) count_slot(&sum, slot.op);
@@ -124,10 +125,10 @@ static int merge(void *arg) {
     return 0;
 }
 
-/* Not against concurrent stores or readers: nobody has the index yet. */
+/* All in private memory. The summary is added to; zeros at first. */
 int mw_slots_merge(struct mw_slot *to, const struct mw_slot *older, const struct mw_slot *newer,
-                   uint64_t first, uint64_t rows, struct mw_summary *out) {
-    struct merge m = {to, older, newer, first, first + rows, out};
+                   uint64_t count, struct mw_summary *summary) {
+    struct merge m = {to, older, newer, count, summary};
     return mw_guarded(merge, &m);
 }
 

@@ -106,7 +106,6 @@ static void put(struct mw_writer *w, const struct mw_frame *frame, const char *d
     f->lsn = w->stage_lsn;
     if (data != NULL) {
         memcpy(payload, data, frame->length);
-        f->payload_crc = mw_crc32c(0, payload, frame->length); /* of the copy: the caller's may change */
         memset(payload + frame->length, 0, bytes - MW_FRAME_BYTES - frame->length);
     } else {
         memset(payload, 0, bytes - MW_FRAME_BYTES);

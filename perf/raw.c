@@ -172,18 +172,37 @@ static void *work(void *arg) {
     return NULL;
 }
 
+/* For as many threads of the caller's as the group says; NULL without memory. */
+struct shared *raw_group_open(struct raw_group *g) {
+    struct shared *s = calloc(1, sizeof *s);
+    if (s == NULL) return NULL;
+    s->g = g;
+    for (int i = 0; i < 2; i++) s->buffer[i] = malloc(g->bytes * (uint64_t)g->threads);
+    pthread_mutex_init(&s->mutex, NULL);
+    for (int i = 0; i < 2; i++) pthread_cond_init(&s->changed[i], NULL);
+    pthread_barrier_init(&s->start, NULL, (unsigned)g->threads);
+    return s;
+}
+
+/* 0, or a negative errno. */
+int raw_group_append(struct shared *s) {
+    append(s);
+    return s->error;
+}
+
+void raw_group_close(struct shared *s) {
+    for (int i = 0; i < 2; i++) free(s->buffer[i]);
+    free(s);
+}
+
 /* 0, or a negative errno. */
 int raw_group_run(struct raw_group *g) {
-    struct shared s = {.g = g};
+    struct shared *s = raw_group_open(g);
     struct worker *workers = calloc((size_t)g->threads, sizeof *workers);
     pthread_t *ids = calloc((size_t)g->threads, sizeof *ids);
-    for (int i = 0; i < 2; i++) s.buffer[i] = malloc(g->bytes * (uint64_t)g->threads);
-    if (workers == NULL || ids == NULL || s.buffer[0] == NULL || s.buffer[1] == NULL) return -ENOMEM;
-    pthread_mutex_init(&s.mutex, NULL);
-    for (int i = 0; i < 2; i++) pthread_cond_init(&s.changed[i], NULL);
-    pthread_barrier_init(&s.start, NULL, (unsigned)g->threads);
+    if (s == NULL || workers == NULL || ids == NULL || s->buffer[0] == NULL || s->buffer[1] == NULL) return -ENOMEM;
     for (int i = 0; i < g->threads; i++) {
-        workers[i] = (struct worker){.s = &s, .ns = g->ns + (uint64_t)i * g->count};
+        workers[i] = (struct worker){.s = s, .ns = g->ns + (uint64_t)i * g->count};
         if (pthread_create(&ids[i], NULL, work, &workers[i]) != 0) abort();
     }
     uint64_t from = UINT64_MAX, to = 0;
@@ -193,10 +212,11 @@ int raw_group_run(struct raw_group *g) {
         if (workers[i].to > to) to = workers[i].to;
     }
     g->elapsed_ns = to - from;
-    for (int i = 0; i < 2; i++) free(s.buffer[i]);
+    int error = s->error;
+    raw_group_close(s);
     free(workers);
     free(ids);
-    return s.error;
+    return error;
 }
 
 /* ---- memory ---- */

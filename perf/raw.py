@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import shlex
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
@@ -77,6 +78,10 @@ def _build() -> ctypes.CDLL:
         loaded = ctypes.CDLL(str(library), use_errno=True)
     loaded.raw_run.argtypes = [ctypes.POINTER(_Loop)]
     loaded.raw_group_run.argtypes = [ctypes.POINTER(_Group)]
+    loaded.raw_group_open.argtypes = [ctypes.POINTER(_Group)]
+    loaded.raw_group_open.restype = ctypes.c_void_p
+    loaded.raw_group_append.argtypes = loaded.raw_group_close.argtypes = [ctypes.c_void_p]
+    loaded.raw_group_close.restype = None
     loaded.raw_read_ns.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.POINTER(ctypes.c_uint64)]
     loaded.raw_read_ns.restype = ctypes.c_uint64
     return loaded
@@ -178,19 +183,33 @@ class RawFile:
     def run_group(self, data: bytes, threads: int, count: int) -> Timing:
         """`threads` C threads, each with `count` records, one at a time: a plain leader and followers."""
         ns: Nanoseconds = np.zeros(threads * count, np.uint64)
-        group = _Group(
-            data=data,
-            ns=ns.ctypes.data,
-            bytes=len(data),
-            count=count,
-            offset=self.offset,
-            limit=self.limit,
-            fd=self.fd,
-            threads=threads,
-        )
+        group = self._group(data, threads, count, ns.ctypes.data)
         _check(library().raw_group_run(ctypes.byref(group)))
         self.offset = group.offset
         return Timing(ns, group.elapsed_ns)
+
+    @contextmanager
+    def group(self, data: bytes, threads: int) -> Iterator[Callable[[object], None]]:
+        """The same, an append a call, for as many threads of the caller's; which writes `data`, always."""
+        group = self._group(data, threads, 0, None)
+        append = library().raw_group_append
+        opened = library().raw_group_open(ctypes.byref(group))
+
+        def call(_: object) -> None:
+            if append(opened) != 0:
+                raise OSError(errno.EIO, "the plain group commit failed")
+
+        try:
+            yield call
+        finally:
+            library().raw_group_close(opened)
+            self.offset = group.offset
+
+    def _group(self, data: bytes, threads: int, count: int, ns: int | None) -> _Group:
+        return _Group(
+            data=data, ns=ns, bytes=len(data), count=count, offset=self.offset, limit=self.limit,
+            fd=self.fd, threads=threads,
+        )  # fmt: skip
 
     def close(self) -> None:
         if self._map is not None:

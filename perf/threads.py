@@ -1,8 +1,9 @@
 """What group commit gains: 1 .. 16 threads, one durable entry of 256 bytes a call each.
 
-Against the journal with one thread, against the raw C loop that writes one at a time, and against a
-plain leader with followers in C with as many threads. Then with one more thread that keeps the interpreter
-busy: against the same journal whose leader goes back to Python for its write.
+Against the journal with one thread, against the raw C loop that writes one at a time, and against a plain
+leader with followers in C with as many threads, in C and called from Python. Then with one more thread that
+keeps the interpreter busy: against the same journal whose leader goes back to Python for its write, and
+against a sleep, which needs the interpreter once a call too.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ from mmapwal import Journal, Storage, SyncMethod, SystemDirectory
 THREADS = (1, 2, 4, 8, 16)
 RAW, SQLITE = "raw C, one at a time", "sqlite3, one thread"
 BUSY = (8, 16)  # threads, beside one that burns the interpreter
+FROM_PYTHON = (8, 16)
+SLEEP_S = 100e-6  # as long as a commit
 # against one thread of its own; against the plain group commit in C; against sqlite3
 TARGETS: dict[int, tuple[float | None, float | None, float | None]] = {
     1: (None, None, None),
@@ -54,7 +57,7 @@ TARGETS: dict[int, tuple[float | None, float | None, float | None]] = {
 }
 
 
-def journal_round(journal: Journal, payload: bytes, threads: int, count: int) -> Timing:
+def thread_round(append: Callable[[bytes], object], payload: bytes, threads: int, count: int) -> Timing:
     """Each thread appends `count` entries; from the first start to the last end."""
     ns = np.zeros((threads, count), np.uint64)
     spans: list[tuple[int, int]] = [(0, 0)] * threads
@@ -65,7 +68,7 @@ def journal_round(journal: Journal, payload: bytes, threads: int, count: int) ->
         try:
             start.wait()
             from_ns = time.perf_counter_ns()
-            ns[who] = time_each(journal.append, payload, count).ns
+            ns[who] = time_each(append, payload, count).ns
             spans[who] = (from_ns, time.perf_counter_ns())
         except Exception as e:  # noqa: BLE001  # raised below, in the thread that can be seen
             errors.append(e)
@@ -125,9 +128,13 @@ def burning() -> Iterator[None]:
         thread.join()
 
 
-def busy_round(journal: Journal, payload: bytes, threads: int, count: int) -> Timing:
+def busy_round(append: Callable[[bytes], object], payload: bytes, threads: int, count: int) -> Timing:
     with burning():
-        return journal_round(journal, payload, threads, count)
+        return thread_round(append, payload, threads, count)
+
+
+def asleep(_: bytes) -> None:
+    time.sleep(SLEEP_S)
 
 
 def measure(folder: Path, rounds: int, count: int) -> dict[str, list[Timing]]:
@@ -140,15 +147,19 @@ def measure(folder: Path, rounds: int, count: int) -> dict[str, list[Timing]]:
         sqlite = stack.enter_context(closing(SqliteLog(folder / "sqlite")))
         contenders: dict[str, Callable[[], Timing]] = {RAW: partial(raw.run, frame, count)}
         for n in THREADS:
-            contenders[f"journal {n}"] = partial(journal_round, journal, payload, n, count)
+            contenders[f"journal {n}"] = partial(thread_round, journal.append, payload, n, count)
             contenders[f"group {n}"] = partial(group.run_group, frame, n, count)
+        for n in FROM_PYTHON:
+            called = stack.enter_context(group.group(frame, n))
+            contenders[f"group from Python {n}"] = partial(thread_round, called, payload, n, count)
         contenders[SQLITE] = partial(time_each, sqlite.append, payload, count)
         storage = PythonDirectory(folder / "python")
         python = stack.enter_context(Journal(folder / "python", slots=1 << 20, storage=storage))
         few = max(5, count // 20)  # a turn of the interpreter takes 5 ms
         for n in BUSY:
-            contenders[f"busy {n}"] = partial(busy_round, journal, payload, n, few)
-            contenders[f"busy python {n}"] = partial(busy_round, python, payload, n, few)
+            contenders[f"busy {n}"] = partial(busy_round, journal.append, payload, n, few)
+            contenders[f"busy python {n}"] = partial(busy_round, python.append, payload, n, few)
+            contenders[f"busy sleep {n}"] = partial(busy_round, asleep, payload, n, few)
         return interleave(contenders, rounds)
 
 
@@ -185,10 +196,15 @@ def main() -> int:
             report.add(f"{threads} / one thread", ratios(mine, rate["journal 1"]), target=own)
         report.add(f"{threads} / {RAW}", ratios(mine, rate[RAW]))
         report.add(f"{threads} / plain group commit in C", ratios(mine, rate[f"group {n}"]), target=plain)
+        if n in FROM_PYTHON:
+            called = ratios(mine, rate[f"group from Python {n}"])
+            report.add(f"{threads} / the same group commit called from Python", called)
         report.add(f"{threads} / {SQLITE}", ratios(mine, rate[SQLITE]), target=sqlite)
     for n in BUSY:
         name = f"{n} threads and a busy interpreter / the same led from Python"
         report.add(name, ratios(rate[f"busy {n}"], rate[f"busy python {n}"]), target=2.5)
+        name = f"calibration: {n} threads that sleep and a busy interpreter / led from Python"
+        report.add(name, ratios(rate[f"busy sleep {n}"], rate[f"busy python {n}"]))
     report.add_latencies("entries a second, and microseconds a call:", results)
     return finish(report, args, picture)
 

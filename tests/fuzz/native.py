@@ -156,16 +156,15 @@ def plan(b: Bytes) -> None:
 def slots(b: Bytes) -> None:
     """Merge, clash, summary, copy and lookup of any two rings."""
     other, to = b.make_slots(), ffi.new("struct mw_slot[]", b.slot_count)
-    first = b.source.below(b.slot_count)
-    rows = b.source.below(b.slot_count - first + 1)
+    count = b.source.below(b.slot_count + 1)
     summary = ffi.new("struct mw_summary *")
     assert lib.mw_slots_clash(b.slots, other, b.slot_count) in {0, 1}
-    assert lib.mw_slots_merge(to, b.slots, other, first, rows, summary) == 0
-    taken = [to[i] for i in range(first, first + rows) if to[i].lsn]
+    assert lib.mw_slots_merge(to, b.slots, other, count, summary) == 0
+    taken = [to[i] for i in range(count) if to[i].lsn]
     assert summary.live == len(taken)
     assert summary.first_op == min((s.op for s in taken), default=0)
     assert summary.last_op == max((s.op for s in taken), default=0)
-    for i in range(first, first + rows):
+    for i in range(count):
         wanted = other[i] if other[i].lsn else b.slots[i]
         assert (to[i].lsn, to[i].op) == (wanted.lsn, wanted.op)
     assert lib.mw_slots_summary(to, b.slot_count, summary) == 0

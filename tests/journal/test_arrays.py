@@ -215,6 +215,23 @@ def test_columns_of_few_ops_in_a_wide_range_take_little(home: Home) -> None:
     assert [bytes(a) for a in map(np.ascontiguousarray, journal.arrays(3, 3))] == [b"3"]
 
 
+def test_columns_are_of_what_lived_when_they_were_asked_for_whatever_fills_a_gap_meanwhile(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = home.open(**SMALL)
+    for op in (3, 2**40):
+        journal.append(b"%d" % op, op=op)
+    look = journal._reader._range
+
+    def look_and_append(first: int | None, last: int | None) -> object:
+        found = look(first, last)
+        journal.append(b"between", op=(journal.first_op or 0) + 2)
+        return found
+
+    monkeypatch.setattr(journal._reader, "_range", look_and_append)
+    assert journal.columns().ops.tolist() == [3, 2**40]
+
+
 # --- headers --------------------------------------------------------------------------------------------
 
 

@@ -26,7 +26,7 @@ ALL_WAYS = {"portable": lib.MW_CRC32C_PORTABLE, "instruction": lib.MW_CRC32C_INS
 
 
 def has(way: int) -> bool:
-    return bool(lib.mw_crc32c_many_by(way, ffi.NULL, 0) == 0)
+    return bool(lib.mw_crc32c_by(way, 0, b"", 0, ffi.new("uint32_t *")) == 0)
 
 
 WAYS = {name: way for name, way in ALL_WAYS.items() if has(way)}
@@ -59,8 +59,6 @@ def test_the_best_way_that_the_processor_has_is_taken() -> None:
 @pytest.mark.parametrize("way", [-1, lib.MW_CRC32C_FOLD_WIDE + 1])
 def test_a_way_that_is_not_there_is_refused(way: int) -> None:
     assert lib.mw_crc32c_by(way, 0, b"", 0, ffi.new("uint32_t *")) == -errno.ENOTSUP
-    assert lib.mw_crc32c_many_by(way, ffi.NULL, 0) == -errno.ENOTSUP
-    assert lib.mw_crc32c_frames_by(way, 0, ffi.NULL, 0, ffi.NULL) == -errno.ENOTSUP
 
 
 @every_way
@@ -109,58 +107,41 @@ def test_nothing_is_read_behind_the_end(way: int) -> None:
         start = ffi.cast("uint8_t *", ffi.from_buffer(area))
         behind = ctypes.c_void_p(int(ffi.cast("uintptr_t", start)) + mmap.PAGESIZE)
         assert LIBC.mprotect(behind, mmap.PAGESIZE, 0) == 0
-        sums = ffi.new("struct mw_sum[]", 9)
         for length in [*range(600), LONGEST]:
             at = mmap.PAGESIZE - length
             expected = reference.crc32c(NOISE[at : mmap.PAGESIZE])
             assert crc_by(way, 0, start + at, length) == expected
-            for row in sums:
-                row.data, row.bytes, row.crc = start + at, length, 0
-            assert lib.mw_crc32c_many_by(way, sums, len(sums)) == 0
-            assert {row.crc for row in sums} == {expected}
 
 
 @every_way
-@given(wanted=st.lists(st.tuples(
-    st.one_of(st.integers(0, 100), st.integers(0, 4 * STREAM), st.sampled_from([256, 3 * STREAM])),
-    st.integers(0, 63), SEEDS), max_size=40))  # fmt: skip
-def test_many_at_once_are_each_what_they_are_alone(way: int, wanted: list[tuple[int, int, int]]) -> None:
-    memory = ffi.new("uint8_t[]", len(NOISE))
-    ffi.memmove(memory, NOISE, len(NOISE))
-    sums = ffi.new("struct mw_sum[]", len(wanted) + 1)
-    for row, (length, at, seed) in zip(sums, wanted, strict=False):
-        row.data, row.bytes, row.crc = memory + at, length, seed
-    sums[len(wanted)].crc = 0xABCD
-    assert lib.mw_crc32c_many_by(way, sums, len(wanted)) == 0
-    expected = [reference.crc32c(NOISE[at : at + length], seed) for length, at, seed in wanted]
-    assert [row.crc for row in sums] == [*expected, 0xABCD]
-
-
-@every_way
-@given(st.lists(st.binary(min_size=56, max_size=56), max_size=20), SEEDS)
-def test_checksums_of_headers_are_those_of_all_behind_the_first_four_bytes(
-    way: int, headers: list[bytes], salt: int
+@given(
+    length=st.one_of(st.integers(0, 100), st.integers(0, 7 * STREAM), st.sampled_from([256, 3 * STREAM])),
+    at=st.integers(0, 63),
+    seed=SEEDS,
+)
+def test_any_length_from_any_place_with_any_seed_agrees_with_the_reference(
+    way: int, length: int, at: int, seed: int
 ) -> None:
-    frames = ffi.new("struct mw_frame[]", len(headers) + 1)
-    ffi.memmove(frames, b"".join(headers), 56 * len(headers))
-    crcs = ffi.new("uint32_t[]", len(headers) + 1)
-    assert lib.mw_crc32c_frames_by(way, salt, frames, len(headers), crcs) == 0
-    assert list(crcs) == [*(reference.crc32c(h[4:], salt) for h in headers), 0]
-    lib.mw_crc32c_frames(salt, frames, len(headers), crcs)
-    assert list(crcs) == [*(reference.crc32c(h[4:], salt) for h in headers), 0]
+    memory = ffi.new("uint8_t[]", NOISE)
+    assert crc_by(way, seed, memory + at, length) == reference.crc32c(NOISE[at : at + length], seed)
+
+
+@given(st.binary(min_size=56, max_size=56), SEEDS)
+def test_the_checksum_of_a_header_is_that_of_all_behind_the_first_four_bytes(
+    header: bytes, salt: int
+) -> None:
+    frame = ffi.new("struct mw_frame *")
+    ffi.memmove(frame, header, len(header))
+    assert lib.mw_frame_crc(frame, salt) == reference.crc32c(header[4:], salt)
 
 
 @given(st.binary(max_size=5 * STREAM), SEEDS)
-def test_the_way_that_is_taken_agrees_alone_in_a_group_and_guarded(data: bytes, seed: int) -> None:
+def test_the_way_that_is_taken_agrees_alone_and_guarded(data: bytes, seed: int) -> None:
     expected = reference.crc32c(data, seed)
     assert lib.mw_crc32c(seed, data, len(data)) == expected
     guarded = ffi.new("uint32_t *")
     assert lib.mw_crc32c_guarded(seed, data, len(data), guarded) == 0
     assert guarded[0] == expected
-    kept = ffi.new("uint8_t[]", data)
-    sums = ffi.new("struct mw_sum[]", [(kept, len(data), seed)] * 5)
-    lib.mw_crc32c_many(sums, 5)
-    assert {row.crc for row in sums} == {expected}
 
 
 @given(st.binary(max_size=300), st.data())

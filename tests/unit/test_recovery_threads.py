@@ -57,7 +57,7 @@ def slots_of(found: Scanned) -> tuple[bytes, tuple[int, int, int]]:
     merged = np.zeros_like(older)
     out = ffi.new("struct mw_summary *")
     pointers = [slot_pointer(s) for s in (merged, older, newer)]
-    assert lib.mw_slots_merge(*pointers, 0, len(merged), out) == 0
+    assert lib.mw_slots_merge(*pointers, len(merged), out) == 0
     summary = ffi.new("struct mw_summary *")
     assert lib.mw_slots_summary(pointers[0], len(merged), summary) == 0
     assert ffi.buffer(out)[:] == ffi.buffer(summary)[:]
