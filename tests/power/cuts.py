@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import fcntl
 import gc
+import os
+import select
 import subprocess
 import sys
 import tempfile
@@ -18,22 +20,37 @@ from ..filesystems.conftest import Filesystem, Require, made_and_removed
 
 FICLONE = 0x40049409
 OUTER_MIB = 3072
+PIPE_BYTES = 1 << 20  # more than a writer notes while nobody looks
+ROOT = Path(__file__).parents[2]
 Tally = Callable[[str, int], None]
 
 
 class Writer:
-    """A module of this folder as a process; what it notes is read as it comes."""
+    """A module of this folder as a process. What it notes comes through a pipe, so who waits for a note is
+    woken by it, and takes no processor from the writer meanwhile."""
 
-    def __init__(self, notes: Path, module: str, *arguments: object) -> None:
-        self._notes = notes
-        self._errors = notes.with_suffix(".errors")
+    def __init__(self, errors: Path, module: str, *arguments: object) -> None:
+        self._errors = errors
         command = [sys.executable, "-W", "error", "-m", f"tests.power.{module}", *map(str, arguments)]
-        with notes.open("wb") as out, self._errors.open("wb") as errors:
-            self.process = subprocess.Popen(command, stdout=out, stderr=errors, cwd=Path(__file__).parents[2])
+        with errors.open("wb") as to:
+            self._process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=to, bufsize=0, pipesize=PIPE_BYTES, cwd=ROOT
+            )
+        assert self._process.stdout is not None
+        self._pipe = self._process.stdout
+        os.set_blocking(self._pipe.fileno(), False)
+        self._noted, self._ended = bytearray(), False
 
     @property
     def noted(self) -> bytes:
-        return self._notes.read_bytes()
+        """All that it has noted by now."""
+        self._take()
+        return bytes(self._noted)
+
+    def _take(self) -> None:
+        while not self._ended and (more := self._pipe.read(PIPE_BYTES)) is not None:
+            self._noted += more
+            self._ended = not more
 
     def wait_for(self, wanted: bytes) -> bytes:
         """All that is noted as soon as that is."""
@@ -42,21 +59,26 @@ class Writer:
     def wait_for_more(self, more_bytes: int) -> bytes:
         """All that is noted when it is so much more than now, or the writer is through."""
         wanted_bytes = len(self.noted) + more_bytes
-        return self._wait(lambda noted: len(noted) >= wanted_bytes or self.process.poll() == 0)
+        return self._wait(lambda noted: len(noted) >= wanted_bytes or (self._ended and self._is_through()))
+
+    def _is_through(self) -> bool:
+        return self._process.wait() == 0
 
     def _wait(self, done: Callable[[bytes], bool]) -> bytes:
         deadline = time.monotonic() + 60
-        while True:
-            ended = self.process.poll() is not None  # before the look: it may end right behind it
-            noted = self.noted
-            if done(noted):
-                return noted
-            assert not ended, self._errors.read_text()
-            assert time.monotonic() < deadline
+        while not done(noted := self.noted):
+            assert not self._ended, self._errors.read_text()
+            left_s = deadline - time.monotonic()
+            assert left_s > 0
+            select.select([self._pipe], [], [], left_s)
+        return noted
 
     def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
+        """It is gone, and all that it ever noted is there."""
+        self._process.kill()
+        self._process.wait()
+        self._take()
+        self._pipe.close()
 
 
 class Cut(NamedTuple):
@@ -122,7 +144,7 @@ def clones_of(
     kind: str,
     outer: Path,
     require: Require,
-    notes: Path,
+    errors: Path,
     arguments: Callable[[Path], tuple[object, ...]],
     waits: list[Callable[[Writer], bytes]],
 ) -> Iterator[tuple[Cut, Path]]:
@@ -133,7 +155,7 @@ def clones_of(
     with made_and_removed(place / "original", require) as make:
         filesystem = make(kind)
         assert filesystem.image is not None
-        writer = Writer(notes, *map(str, arguments(filesystem.path / "j")))
+        writer = Writer(errors, *map(str, arguments(filesystem.path / "j")))
         try:
             for number, wait in enumerate(waits):
                 before = wait(writer)

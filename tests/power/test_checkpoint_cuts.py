@@ -80,10 +80,10 @@ def into_a_checkpoint(chance: random.Random, turn: int) -> Callable[[Writer], by
 
 
 def cut_a_life(
-    filesystem: Filesystem, notes: Path, method: str, chance: random.Random, *how: str
+    filesystem: Filesystem, errors: Path, method: str, chance: random.Random, *how: str
 ) -> tuple[Path, Cut]:
     path = filesystem.path / "j"
-    writer = Writer(notes, "machines", path, COMMANDS, method, *how)
+    writer = Writer(errors, "machines", path, COMMANDS, method, *how)
     wait = into_a_checkpoint(chance, chance.randrange(2, 12))
     return path, shut_down(filesystem, writer, lambda: wait(writer))
 
@@ -96,7 +96,7 @@ def test_shut_down_under_a_checkpoint_the_state_is_that_of_all_that_was_acknowle
     counts, count = Counts(f"{kind}, checkpoints, by shutdown", tally), 0
     while counts.cuts < power_cycles:  # it goes on with what was found
         method = METHODS[(counts.cuts + counts.besides) % len(METHODS)]
-        path, cut = cut_a_life(filesystem, tmp_path / "notes", method, chance)
+        path, cut = cut_a_life(filesystem, tmp_path / "errors", method, chance)
         count = counts.take(path, cut, count)
     counts.tell()
 
@@ -107,7 +107,7 @@ def test_shut_down_under_snapshots_that_are_not_synced_it_is_caught(
 ) -> None:
     chance = random.Random(f"unsynced {kind}")
     for _ in range(8):
-        path, cut = cut_a_life(make(kind), tmp_path / "notes", "auto", chance, "unsynced")
+        path, cut = cut_a_life(make(kind), tmp_path / "errors", "auto", chance, "unsynced")
         try:
             Counts(f"{kind}, unsynced snapshots", tally).take(path, cut)
         except SnapshotError:
@@ -131,6 +131,6 @@ def test_of_the_disk_at_any_instant_of_a_checkpoint_the_state_is_that_of_all_tha
 
             turns = sorted(chance.sample(range(2, 20), CLONES_OF_A_LIFE))
             waits = [into_a_checkpoint(chance, turn) for turn in turns]
-            for cut, path in clones_of(kind, outer, require, tmp_path / "notes", arguments, waits):
+            for cut, path in clones_of(kind, outer, require, tmp_path / "errors", arguments, waits):
                 counts.take(path, cut)
     counts.tell()

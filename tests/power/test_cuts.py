@@ -78,10 +78,10 @@ def moment(seed: int, chance: random.Random) -> bytes:
 
 
 def cut_a_life(
-    filesystem: Filesystem, notes: Path, seed: int, wanted: bytes, method: str, *how: str
+    filesystem: Filesystem, errors: Path, seed: int, wanted: bytes, method: str, *how: str
 ) -> tuple[Cut, Contents]:
     path = filesystem.path / f"j{seed}"
-    writer = Writer(notes, "lives", path, seed, 0, STEPS + 1, method, *how)
+    writer = Writer(errors, "lives", path, seed, 0, STEPS + 1, method, *how)
     cut = shut_down(filesystem, writer, lambda: writer.wait_for(wanted))
     found = recovered(path) if path.exists() else Contents()
     for file in path.glob("*"):
@@ -100,7 +100,7 @@ def test_a_file_system_that_is_shut_down_comes_back_with_all_that_was_acknowledg
         seed = chance.randrange(1 << 32)
         durability = DURABILITIES[(counts.cuts + counts.besides) % len(DURABILITIES)]
         cut, found = cut_a_life(
-            filesystem, tmp_path / "notes", seed, moment(seed, chance), method, durability
+            filesystem, tmp_path / "errors", seed, moment(seed, chance), method, durability
         )
         counts.take(seed, cut, found, durability)
     counts.tell()
@@ -115,7 +115,7 @@ def test_shut_down_under_a_journal_that_does_not_sync_it_is_caught(
     for _ in range(5):
         seed = chance.randrange(1 << 32)
         wanted, how = b"+%d\n" % chance.randrange(40, STEPS), ("OS", "unsynced", "only-appends")
-        cut, found = cut_a_life(filesystem, tmp_path / "notes", seed, wanted, "dsync", *how)
+        cut, found = cut_a_life(filesystem, tmp_path / "errors", seed, wanted, "dsync", *how)
         counts.take(seed, cut, found, "unsynced", may_lose=True)
     assert counts.lost
 
@@ -141,7 +141,7 @@ def test_the_disk_as_it_is_at_any_instant_has_all_that_was_acknowledged(
             def arguments(path: Path, seed: int = seed, durability: str = durability) -> tuple[object, ...]:
                 return "lives", path, seed, 0, STEPS + 1, method, durability
 
-            for cut, path in clones_of(kind, outer, require, tmp_path / "notes", arguments, waits):
+            for cut, path in clones_of(kind, outer, require, tmp_path / "errors", arguments, waits):
                 counts.take(seed, cut, recovered(path), durability)
     counts.tell()
 
@@ -157,7 +157,7 @@ def test_a_journal_that_does_not_sync_is_caught_by_the_disk_at_one_instant(
             return "lives", path, 7, 0, STEPS + 1, "dsync", "OS", "unsynced", "only-appends"
 
         waits = [lambda writer, n=n: writer.wait_for(b"+%d\n" % n) for n in range(50, STEPS, 70)]
-        for cut, path in clones_of(kind, outer, require, tmp_path / "notes", arguments, waits):
+        for cut, path in clones_of(kind, outer, require, tmp_path / "errors", arguments, waits):
             counts.take(7, cut, recovered(path), "unsynced", may_lose=True)
     assert counts.lost
 
@@ -200,7 +200,7 @@ def test_of_commits_that_many_share_the_disk_at_any_instant_has_all_that_was_tol
 
             pauses = [chance.randrange(200, 4000) for _ in range(CLONES_OF_A_LIFE)]
             waits = [lambda writer, p=pause: writer.wait_for_more(p) for pause in pauses]
-            for cut, path in clones_of(kind, outer, require, tmp_path / "notes", arguments, waits):
+            for cut, path in clones_of(kind, outer, require, tmp_path / "errors", arguments, waits):
                 assert_crowd_is_whole(recovered(path), cut)
                 cuts += 1
     tally(f"cuts of {kind}, {who}, by clone", cuts)
