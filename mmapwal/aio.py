@@ -182,7 +182,7 @@ class AsyncJournal:
         sleeps for all who follow. What is there is checked on the loop, some hundred entries at a time."""
         if from_op is not None:
             check_op(from_op, "from_op")
-        return AsyncFollowing(self._ringer, from_op, timeout, written=written)
+        return AsyncFollowing(self._ringer, from_op, timeout, written=written, owner=self)
 
     async def sync(self) -> int:
         """Makes all that was appended before durable; the durable LSN. Errors as Journal.sync()."""

@@ -76,8 +76,11 @@ class _Watch:
 class AsyncFollowing:
     """AsyncJournal.follow(): an asynchronous iterator. After an error it goes on behind that."""
 
-    def __init__(self, ringer: Ringer, from_op: int | None, timeout: float | None, *, written: bool) -> None:
+    def __init__(
+        self, ringer: Ringer, from_op: int | None, timeout: float | None, *, written: bool, owner: object
+    ) -> None:
         self._ringer = ringer
+        self._owner = owner  # who closes the engine when nobody has him any more
         self._follower = Follower(ringer.engine, from_op, written=written)
         self._timeout = timeout
         self._rest: Iterator[Entry] = iter(())  # taken, and not given yet

@@ -247,9 +247,11 @@ class Reader:
         return low, high, np.sort(ops)
 
     def chunks(
-        self, first: int | None, last: int | None, *, verify: bool, rows: int = COLUMN_ROWS
-    ) -> Iterator[Gathered]:
-        """The live entries of a range, at most `rows` at a time, until it is done."""
+        self, first: int | None, last: int | None, *, verify: bool, rows: int = COLUMN_ROWS,
+        owner: object = None,
+    ) -> Iterator[Gathered]:  # fmt: skip
+        """The live entries of a range, at most `rows` at a time, until it is done. `owner`: who closes the
+        engine when nobody has him any more; until then this has."""
         yield from self._chunks(self._range(first, last), verify=verify, rows=rows)
 
     def _chunks(self, ops_range: OpsRange, *, verify: bool, rows: int = COLUMN_ROWS) -> Iterator[Gathered]:
@@ -316,15 +318,17 @@ class Reader:
             raise CorruptionError(name, offset, lsn, op, "the frame does not verify")
         raise OSError(-rc, "reading the segment failed", name)
 
-    def payloads(self, first: int | None, last: int | None) -> Iterator[memoryview]:
+    def payloads(self, first: int | None, last: int | None, owner: object) -> Iterator[memoryview]:
         # A generator would cost each payload a tenth; chained, only each chunk.
-        return chain.from_iterable(slices_of(self.chunks(first, last, verify=True, rows=PAYLOAD_ROWS)))
+        chunks = self.chunks(first, last, verify=True, rows=PAYLOAD_ROWS, owner=owner)
+        return chain.from_iterable(slices_of(chunks))
 
-    def entries(self, first: int | None, last: int | None) -> Iterator[Entry]:
-        return chain.from_iterable(self._entries(first, last))
+    def entries(self, first: int | None, last: int | None, owner: object) -> Iterator[Entry]:
+        chunks = self.chunks(first, last, verify=True, rows=ENTRY_ROWS, owner=owner)
+        return chain.from_iterable(self._entries(chunks))
 
-    def _entries(self, first: int | None, last: int | None) -> Iterator[Iterator[Entry]]:
-        chunks = self.chunks(first, last, verify=True, rows=ENTRY_ROWS)
+    @staticmethod
+    def _entries(chunks: Iterator[Gathered]) -> Iterator[Iterator[Entry]]:
         current: list[Gathered] = []
         for payloads in slices_of(_noting(chunks, current)):
             out, count = current[0].out, current[0].rows
@@ -348,8 +352,9 @@ class Reader:
         rows = len(ops) if ops is not None else max(0, high - low + 1)
         return columns.collect_columns(self._chunks(ops_range, verify=True), rows)
 
-    def arrays(self, first: int | None, last: int | None) -> Iterator[npt.NDArray[np.uint8]]:
-        return (run.payloads() for run in columns.runs_of(self.chunks(first, last, verify=True)))
+    def arrays(self, first: int | None, last: int | None, owner: object) -> Iterator[npt.NDArray[np.uint8]]:
+        chunks = self.chunks(first, last, verify=True, owner=owner)
+        return (run.payloads() for run in columns.runs_of(chunks))
 
     def array(self, first: int | None, last: int | None, *, copy: bool | None) -> npt.NDArray[np.uint8]:
         return columns.stack(columns.runs_of(self.chunks(first, last, verify=True)), copy=copy)

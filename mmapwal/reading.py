@@ -78,11 +78,11 @@ class Reading:
         """The payloads of the live ops first .. last (inclusive), by op: the fast lane. Checked in
         chunks; CorruptionError, OSError. What is appended meanwhile is not among them; what is removed
         meanwhile may be."""
-        return self._reader.payloads(first, last)
+        return self._reader.payloads(first, last, self)
 
     def entries(self, first: int | None = None, last: int | None = None) -> Iterator[Entry]:
         """The live entries first .. last (inclusive), by op. As payloads()."""
-        return self._reader.entries(first, last)
+        return self._reader.entries(first, last, self)
 
     def header(self, op: int) -> Header | None:
         """What is known of an entry without its payload; None when it is not live. The frame is checked."""
@@ -127,4 +127,4 @@ class Reading:
     def arrays(self, first: int | None = None, last: int | None = None) -> Iterator[npt.NDArray[np.uint8]]:
         """As array(), but never a copy: the fewest arrays whose rows one after the other are the payloads by
         op. A new one begins with each segment, and wherever the payloads do not lie evenly spaced."""
-        return self._reader.arrays(first, last)
+        return self._reader.arrays(first, last, self)

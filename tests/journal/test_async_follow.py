@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -157,3 +159,16 @@ def test_a_journal_that_is_only_read_is_followed_and_not_appended_to(home: Home)
     writer = home.open(**SMALL)
     with Journal(home.path, readonly=True) as reader:
         asyncio.run(main(reader))
+
+
+def test_an_iterator_keeps_the_journal_that_nobody_else_has(tmp_path: Path) -> None:
+    async def main() -> list[int]:
+        entries = AsyncJournal(Journal(tmp_path / "j", readonly=True)).follow(timeout=0)
+        gc.collect()
+        return await ops(entries)
+
+    with Journal(tmp_path / "j", **SMALL) as journal:
+        journal.append_many([b"x"] * 20)
+    with pytest.warns(ResourceWarning, match="not closed"):  # nobody could
+        assert asyncio.run(main()) == list(range(1, 21))
+        gc.collect()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import struct
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,6 +35,27 @@ def told_by(view: Any) -> tuple[int, int]:
     op, version, _ = struct.unpack_from("<QQQ", data)
     assert data == payload_of(op, version)
     return op, version
+
+
+ITERATORS: dict[str, Callable[[Journal], Iterator[Any]]] = {
+    "iter": iter,
+    "entries": Journal.entries,
+    "payloads": Journal.payloads,
+    "arrays": Journal.arrays,
+    "follow": lambda journal: journal.follow(timeout=0),
+}
+
+
+@pytest.mark.parametrize("name", ITERATORS)
+def test_an_iterator_keeps_the_journal_that_nobody_else_has(tmp_path: Path, name: str) -> None:
+    with Journal(tmp_path / "j", **SMALL) as journal:
+        journal.append_many([b"%02d" % n for n in range(12)])
+    with pytest.warns(ResourceWarning, match="not closed"):  # nobody could
+        iterator = ITERATORS[name](Journal(tmp_path / "j", readonly=True))
+        gc.collect()
+        assert sum(len(one) if name == "arrays" else 1 for one in iterator) == 12
+        del iterator
+        gc.collect()
 
 
 # --- one read, step by step -----------------------------------------------------------------------------
