@@ -76,6 +76,33 @@ def time_whole(call: Callable[[], Any], count: int, *, parts: bool = False) -> f
     return seen * 1e9 / elapsed
 
 
+def slot_loads(journal: Journal) -> Callable[[int], memoryview]:
+    """The least that a read by op has to do in the interpreter: the loads of its slot, which tell that it is
+    that op's and that nothing was put in its place meanwhile, and a slice."""
+    slots, lsns, ops, lengths, *_ = journal._reader.plain
+    view = memoryview(bytes(4096)).toreadonly()
+
+    def load(op: int) -> memoryview:
+        slot = op % slots
+        lsn = lsns[slot]
+        if ops[slot] == op:
+            length = lengths[slot]
+            if lsns[slot] == lsn:
+                return view[256 : 256 + length]
+        raise LookupError(op)
+
+    return load
+
+
+def time_gathering(journal: Journal, count: int) -> float:
+    """Entries a second of what columns(), arrays() and payloads() begin with: found and checked, in C."""
+    start = time.perf_counter_ns()
+    seen = sum(chunk.rows for chunk in journal._reader.chunks(None, None, verify=True))
+    elapsed = time.perf_counter_ns() - start
+    assert seen == count, f"{seen} entries instead of {count}"
+    return seen * 1e9 / elapsed
+
+
 class Lmdb:
     """The same payloads under the same ops, read in one long transaction, without copies."""
 
@@ -143,6 +170,7 @@ def measure(folder: Path, entries: int, rounds: int) -> dict[str, list[float]]:
 
     with Journal(path) as journal, closing(Lmdb(folder / "lmdb", entries)) as peer:
         check_content(journal, fresh())
+        loads = slot_loads(journal)
         segments = map_segments(path)
         memory = np.ones(256 * MIB, np.uint8)
         contenders: dict[str, Callable[[], float]] = {
@@ -158,6 +186,8 @@ def measure(folder: Path, entries: int, rounds: int) -> dict[str, list[float]]:
             "columns": partial(time_whole, journal.columns, entries),
             "arrays": partial(time_whole, journal.arrays, entries, parts=True),
             "headers": partial(time_whole, journal.headers, entries),
+            "gathering": partial(time_gathering, journal, entries),
+            "loads": lambda: time_reads(loads, fresh()),
             "slice": partial(time_slices, READS),
             "empty call": partial(time_empty_calls, READS),
             "empty loop": partial(time_empty_loop, hot_ops),
@@ -200,11 +230,14 @@ def main() -> int:
     check = frame_rate(m["scan"])
     report.add("arrays() / check in C", ratios(m["arrays"], check))
     report.add("columns() / check in C", ratios(m["columns"], check))
+    report.add("calibration: rows gathered in C / check in C", ratios(m["gathering"], check))
     report.add("check in C / memory bandwidth", ratios(m["scan"], m["memory"]), target=0.55)
     giga = {name: [v / 1e9 for v in m[name]] for name in ("scan", "memory", "mapped")}
     report.add("check of all frames in C", giga["scan"], "GB/s")
     report.add("calibration: memory, read once", giga["memory"], "GB/s")
     report.add("calibration: segment mappings, read once", giga["mapped"], "GB/s")
+    name = "calibration: the loads of a slot and a slice, random / lmdb get"
+    report.add(name, ratios(m["loads"], m["lmdb random"]), at_least=False)
     report.add("calibration: slice of a memoryview", m["slice"], "ns", at_least=False)
     report.add("calibration: empty cffi call", m["empty call"], "ns", at_least=False)
     report.add("calibration: empty loop", m["empty loop"], "ns", at_least=False)
