@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+
+from mmapwal._native import ffi, lib
 
 __all__ = ["DIRECTORY_FLAGS", "Descriptor"]
 
@@ -11,18 +12,15 @@ DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
 class Descriptor:
-    """Closed when nobody has this object any more, so never under one who uses it: `with` gives the number.
-    OSError from making one."""
+    """Takes a descriptor over. It is closed when nobody has this object any more, so never under one who uses
+    it: `with` gives the number. In C, since a handler that raises could keep a finalizer from it."""
 
-    def __init__(self, path: str | Path, flags: int, *, dir_fd: int | None = None) -> None:
-        self._fd = os.open(path, flags, dir_fd=dir_fd)
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._closing = ffi.gc(ffi.cast("void *", fd), lib.mw_fd_close)
 
     def __enter__(self) -> int:
         return self._fd
 
     def __exit__(self, *exc: object) -> None:
         pass
-
-    def __del__(self) -> None:
-        if hasattr(self, "_fd"):
-            os.close(self._fd)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import fcntl
 import os
 import threading
+import weakref
 
+from mmapwal.descriptor import Descriptor
 from mmapwal.errors import LockedError
 
 __all__ = ["FileLock"]
 
-_held: dict[tuple[int, int], int] = {}
+_taken: weakref.WeakValueDictionary[tuple[int, int], FileLock] = weakref.WeakValueDictionary()
 _guard = threading.Lock()
 
 
@@ -19,31 +21,29 @@ class FileLock:
     mimic flock by locks that a process does not have against itself. LockedError or OSError: it is closed."""
 
     def __init__(self, fd: int, place: str) -> None:
-        self._fd = fd
+        self._file: Descriptor | None = Descriptor(fd)
+        self._pid = os.getpid()
         try:
             info = os.fstat(fd)
-            self._key = (info.st_dev, info.st_ino)
+            key = info.st_dev, info.st_ino
             with _guard:
-                if _held.get(self._key) == os.getpid():
+                other = _taken.get(key)
+                if other is not None and other.is_held:
                     raise LockedError(f"{place}: this process has it open already")
                 try:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError as e:
                     raise LockedError(f"{place}: another process has it open") from e
-                _held[self._key] = os.getpid()
+                _taken[key] = self
         except BaseException:
-            os.close(fd)
+            self.release()
             raise
 
-    def after_fork(self) -> None:
-        """Closing a copy of the descriptor leaves the parent's flock where it is."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+    @property
+    def is_held(self) -> bool:
+        """By this process: what a forked child has is a copy, and the parent's."""
+        return self._file is not None and self._pid == os.getpid()
 
     def release(self) -> None:
-        """Twice is fine."""
-        self.after_fork()
-        with _guard:
-            if _held.get(self._key) == os.getpid():
-                del _held[self._key]
+        """Twice is fine. In a forked child it closes the copy and leaves the parent's flock where it is."""
+        self._file = None  # one step, so an interrupt comes before it or behind it

@@ -58,7 +58,8 @@ class Storage(Protocol):
         """A copy of the bytes; fewer where the file ends."""
 
     def write_at(self, offset: int, data: Buffer) -> int:
-        """Writes all of `data`, growing the file where needed. How many bytes."""
+        """Writes all of `data`, growing the file where needed. How many bytes. `data` is the caller's again
+        at return, and may change then."""
 
     def write_sync_at(self, offset: int, data: Buffer) -> int:
         """The same, durable at return, for these bytes only."""
@@ -168,10 +169,8 @@ class _SystemFile:
     def __init__(self, fd: int, name: str, sync_method: SyncMethod) -> None:
         method = {SyncMethod.DSYNC: lib.MW_DSYNC, SyncMethod.MSYNC: lib.MW_MSYNC}
         self._name = name
-        self._file = ffi.new("struct mw_file *")
-        self._file.fd = fd
-        self._file.dsync_fd = -1
-        self._file.method = method.get(sync_method, lib.MW_FDATASYNC)
+        fields = {"fd": fd, "dsync_fd": -1, "method": method.get(sync_method, lib.MW_FDATASYNC)}
+        self._file = ffi.gc(ffi.new("struct mw_file *", fields), lib.mw_file_close)  # no bytecode, again
         self._io: Any = None
         self._shared: Mapping | None = None
 
@@ -222,15 +221,7 @@ class _SystemFile:
         return self._shared.view
 
     def close(self) -> None:
-        for field in ("fd", "dsync_fd"):
-            fd = getattr(self._file, field)
-            setattr(self._file, field, -1)
-            if fd >= 0:
-                os.close(fd)
-
-    def __del__(self) -> None:
-        if hasattr(self, "_file"):
-            self.close()
+        _check(lib.mw_file_close(self._file), self._name)
 
 
 class MappedStorage(_SystemFile):
@@ -356,7 +347,7 @@ class SystemDirectory:
         if create:
             self.path.mkdir(mode=directory_mode, exist_ok=True)
         flags = DIRECTORY_FLAGS if follow_links else DIRECTORY_FLAGS | os.O_NOFOLLOW
-        self._held: Descriptor | None = Descriptor(self.path, flags)
+        self._held: Descriptor | None = Descriptor(os.open(self.path, flags))
 
     def __str__(self) -> str:
         return str(self.path)
@@ -420,7 +411,7 @@ class SystemDirectory:
             _check(lib.mw_fd_sync(fd), str(self.path))
 
     def sync_parent(self) -> None:
-        with self._directory() as fd, Descriptor("..", DIRECTORY_FLAGS, dir_fd=fd) as parent:
+        with self._directory() as fd, Descriptor(os.open("..", DIRECTORY_FLAGS, dir_fd=fd)) as parent:
             _check(lib.mw_fd_sync(parent), str(self.path.parent))
 
     def subdirectory(self, name: str) -> SystemDirectory:
@@ -448,18 +439,13 @@ class SystemDirectory:
 
     def after_fork(self) -> None:
         if self._lock is not None:
-            self._lock.after_fork()
+            self._lock.release()
 
     def close(self) -> None:
         # The lock last: nothing is done here any more once another may have it.
         self._held = None
-        lock, self._lock = self._lock, None
-        if lock is not None:
-            lock.release()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_lock"):
-            self.close()
+        if self._lock is not None:
+            self._lock.release()
 
 
 # --- memory ---------------------------------------------------------------------------------------

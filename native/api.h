@@ -143,8 +143,10 @@ int mw_file_write(void *file, uint64_t offset, const void *data, uint64_t bytes)
 int mw_file_write_sync(void *file, uint64_t offset, const void *data, uint64_t bytes);
 int mw_file_sync(void *file);
 int mw_has_rwf_dsync(int fd);
+int mw_file_close(struct mw_file *file);
 int64_t mw_file_read(struct mw_file *file, uint64_t offset, void *data, uint64_t bytes);
 int mw_file_zero(struct mw_file *file, uint64_t offset, uint64_t bytes);
+void mw_fd_close(void *fd);
 int mw_fd_sync(int fd);
 int mw_fd_start_writeback(int fd, uint64_t offset, uint64_t bytes);
 int mw_fd_datasync(int fd);

@@ -149,6 +149,21 @@ int mw_file_zero(struct mw_file *file, uint64_t offset, uint64_t bytes) {
     return 0;
 }
 
+static int close_fd(int *fd) {
+    int rc = *fd >= 0 && close(*fd) != 0 && errno != EINTR ? -errno : 0; /* it is closed, whatever it says */
+    *fd = -1;
+    return rc;
+}
+
+/* Twice is fine. */
+int mw_file_close(struct mw_file *file) {
+    int rc = close_fd(&file->fd), other = close_fd(&file->dsync_fd);
+    return rc != 0 ? rc : other;
+}
+
+/* Of a descriptor as cffi keeps it. What it says is no matter: Linux has closed it. */
+void mw_fd_close(void *fd) { (void)close((int)(intptr_t)fd); }
+
 int mw_fd_sync(int fd) {
     int rc;
     do rc = fsync(fd);

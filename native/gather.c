@@ -84,6 +84,8 @@ static int take(struct gather *g) {
     uint64_t op = g->cursor->op;
     for (;;) {
         struct mw_slot slot;
+        g->cursor->lsn = 0; /* in no segment: if it is the index that fails */
+        __atomic_signal_fence(__ATOMIC_SEQ_CST);
         int rc = mw_slot_load(g->slots, g->slot_count, op, &slot);
         if (rc != 0) return rc == MW_E_MISSING ? 0 : rc;
         g->cursor->lsn = slot.lsn;

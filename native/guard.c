@@ -80,7 +80,9 @@ int mw_guarded_unarmed(int (*fn)(void *), void *arg) {
     guard.outer = top;
     if (sigsetjmp(guard.env, 0) != 0) return -EIO; /* the handler took this guard down */
     top = &guard;
+    __atomic_signal_fence(__ATOMIC_SEQ_CST); /* inlined or not, all of it is between these two */
     int rc = fn(arg);
+    __atomic_signal_fence(__ATOMIC_SEQ_CST);
     top = guard.outer;
     return rc;
 }

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from mmapwal import Journal
 
 # When faulthandler is enabled: before the journal arms its guard, or after.
 FAULTS = ["never", "before", "after"]
@@ -44,6 +47,20 @@ def test_an_index_cut_under_many_threads_is_an_error_of_all_that_needs_it_and_ki
 ) -> None:
     ways = ["append", "copy", "entries", "payloads", "stats"]
     cut_and_check(tmp_path / "j", "index", faults, ways)
+
+
+def test_an_iteration_that_fails_in_the_index_names_it(tmp_path: Path) -> None:
+    index = tmp_path / "j" / "index"
+    with Journal(tmp_path / "j", slots=512) as journal:
+        journal.append_many([b"%d" % n for n in range(400)])
+        length = index.stat().st_size
+        os.truncate(index, 4096 + 4096)  # its first page, and 128 slots
+        given = []
+        with pytest.raises(OSError, match="reading") as raised:
+            given.extend(journal.payloads(100))
+        assert raised.value.filename == "index"
+        assert [int(p) + 1 for p in given] == list(range(100, 128))
+        os.truncate(index, length)
 
 
 @pytest.mark.parametrize("faults", FAULTS)

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import dis
 import gc
+import itertools
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
 
+import mmapwal
 from mmapwal import Journal, LockedError, MemoryDirectory
 from mmapwal import format as fmt
 
+from ..conftest import AlarmError
 from .files import SMALL, Home, bytes_of, contents_of
+
+PACKAGE = str(Path(mmapwal.__file__).parent)
 
 
 def test_a_second_writer_in_this_process_gets_locked_error(home: Home) -> None:
@@ -337,3 +344,62 @@ def test_closing_gives_every_descriptor_back(home: Home) -> None:
     with pytest.raises(ValueError, match="slots"):
         home.open(slots=0)
     assert descriptors() == before
+
+
+# --- interrupts -----------------------------------------------------------------------------------------
+
+
+HEARS_BEHIND = {"RESUME", "CALL", "CALL_KW", "CALL_FUNCTION_EX", "JUMP_BACKWARD"}
+
+
+def is_interrupted(call: Callable[[], object], nth: int) -> bool:
+    """Calls it. The nth time that the interpreter would hear of a signal within this package, it raises
+    AlarmError. Not in a finalizer, where nobody would be told."""
+    heard = 0
+    before: dict[FrameType, str] = {}
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal heard
+        code = frame.f_code
+        if not code.co_filename.startswith(PACKAGE) or code.co_name == "__del__":
+            return None
+        frame.f_trace_opcodes = True
+        if event == "return":
+            before.pop(frame, None)
+        if event == "opcode":
+            hears = before.get(frame) in HEARS_BEHIND
+            before[frame] = dis.opname[code.co_code[frame.f_lasti]]
+            heard += hears
+            if hears and heard == nth:
+                raise AlarmError
+        return trace
+
+    traced = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except AlarmError:
+        return True
+    finally:
+        sys.settrace(traced)
+    return False
+
+
+@pytest.mark.parametrize("kind", ["mapped", "file"], indirect=True)
+def test_a_journal_whose_closing_is_interrupted_anywhere_lets_go_when_it_is_closed_again(home: Home) -> None:
+    home.open(**SMALL).close()
+    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    for nth in itertools.count(1):
+        journal = home.open()
+        for op in range(1, 4):
+            journal.append(b"%d" % op, op=op, replace=True)
+        interrupted = is_interrupted(journal.close, nth)
+        journal.close()
+        assert journal._engine.closed
+        del journal
+        if not interrupted:
+            break
+    assert nth > 100
+    assert contents_of(home.open()) == {op: (b"%d" % op, 0) for op in range(1, 4)}
+    home.close()
+    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
