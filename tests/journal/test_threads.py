@@ -64,8 +64,9 @@ class Crowd:
         """Looks at what others were told, in every way; how often."""
         looks = 0
         while not self.done.is_set():
-            for op, payload in list(self.acknowledged.items())[seed::READERS][-20:]:
+            for op in list(self.acknowledged)[seed::READERS][-20:]:  # no tuples: nothing is collected
                 looks += 1
+                payload = self.acknowledged[op]
                 assert bytes(self.journal.read(op)) == payload
                 assert self.journal.copy(op) == payload
                 assert bytes(self.journal[op].payload) == payload
