@@ -42,7 +42,7 @@ __all__ = ["Durability", "Engine", "Options"]
 log = logging.getLogger("mmapwal")
 T = TypeVar("T")
 
-BUFFER_BYTES = 128 << 10  # both fit into a processor's own cache
+BUFFER_BYTES = 128 << 10  # two of them fit into a processor's own cache
 STAGES = {
     lib.MW_STAGE_WRITE: "the write of a commit",
     lib.MW_STAGE_SYNC: "the sync of a commit",

@@ -170,7 +170,7 @@ class _SystemFile:
         method = {SyncMethod.DSYNC: lib.MW_DSYNC, SyncMethod.MSYNC: lib.MW_MSYNC}
         self._name = name
         fields = {"fd": fd, "dsync_fd": -1, "method": method.get(sync_method, lib.MW_FDATASYNC)}
-        self._file = ffi.gc(ffi.new("struct mw_file *", fields), lib.mw_file_close)  # no bytecode, again
+        self._file = ffi.gc(ffi.new("struct mw_file *", fields), lib.mw_file_close)  # as above: no interrupt
         self._io: Any = None
         self._shared: Mapping | None = None
 

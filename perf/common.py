@@ -148,6 +148,11 @@ class Row:
         """The round that was disturbed least."""
         return max(self.samples) if self.at_least else min(self.samples)
 
+    @property
+    def bound(self) -> float | None:
+        """What it is held against: the target, or the aim where there is none."""
+        return self.target if self.target is not None else self.aim
+
     def meets(self, bound: float | None) -> bool | None:
         if bound is None:
             return None
@@ -293,11 +298,11 @@ def band(axes: Any, at: Sequence[float], samples: Sequence[Sequence[float]], lab
 
 def bars(report: Report, path: Path) -> None:
     """Every row with a target or an aim, as a share of it: what reaches the line holds it."""
-    rows = [r for r in report.rows if r.target is not None or r.aim is not None]
+    rows = [r for r in report.rows if r.bound is not None]
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(7, 0.8 + 0.32 * len(rows)))
     for at, row in enumerate(reversed(rows)):
-        bound = row.target if row.target is not None else row.aim
+        bound = row.bound
         assert bound is not None
         shares = sorted(v / bound if row.at_least else bound / v for v in (row.median, *row.spread))
         held = row.median >= bound if row.at_least else row.median <= bound

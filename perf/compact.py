@@ -131,10 +131,10 @@ def picture(report: Report, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 2.6))
     for at, row in enumerate(reversed(rows)):
         axes.plot(row.samples, [at] * len(row.samples), "o", alpha=0.5)
-        if row.aim is not None:
-            axes.plot([row.aim], [at], "|", color="black", markersize=16)
+        if row.bound is not None:
+            axes.plot([row.bound], [at], "|", color="black", markersize=16)
     axes.set_yticks(range(len(rows)), [r.name for r in reversed(rows)])
-    axes.set_xlabel("ms, a point a round; |: the aim")
+    axes.set_xlabel("ms, a point a round; |: the target")
     axes.set_xscale("symlog")
     axes.set_title("compact.py", loc="left")
     save(figure, path)

@@ -111,14 +111,12 @@ def measure(report: Report, small: Size, large: Size, rounds: int) -> None:
 def picture(report: Report, path: Path) -> None:
     """The ratios, round by round."""
     plt = pyplot()
-    rows = [
-        (r, bound) for r in report.rows if (bound := r.target if r.target is not None else r.aim) is not None
-    ]
+    rows = [r for r in report.rows if r.bound is not None]
     figure, axes = plt.subplots(figsize=(7, 2))
-    for at, (row, bound) in enumerate(reversed(rows)):
+    for at, row in enumerate(reversed(rows)):
         axes.plot(row.samples, [at] * len(row.samples), "o", alpha=0.5)
-        axes.plot([bound], [at], "|", color="black", markersize=16)
-    axes.set_yticks(range(len(rows)), [r.name for r, _ in reversed(rows)])
+        axes.plot([row.bound], [at], "|", color="black", markersize=16)
+    axes.set_yticks(range(len(rows)), [r.name for r in reversed(rows)])
     axes.set_xlabel("cost with ten times as many entries, a point a round; |: the target")
     axes.set_title("scale.py", loc="left")
     save(figure, path)
