@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 
-from mmapwal.following import Bell, Followed, Follower
+from mmapwal.following import Bell, Followed, Follower, check_timeout
 from mmapwal.observer import LOOK_S
 from mmapwal.reader import Entry
+from mmapwal.threads import start_thread
 
 __all__ = ["AsyncFollowing", "Ringer"]
 
@@ -52,7 +52,7 @@ class _Watch:
         self.bell.listen()
         self._loop = loop
         self._told = False  # the loop has not taken notice yet
-        threading.Thread(target=self._run, name="mmapwal-follow", daemon=True).start()
+        start_thread("follow", self._run)
 
     def _run(self) -> None:
         while not (self.bell.stopped or self._loop.is_closed()):
@@ -79,6 +79,7 @@ class AsyncFollowing:
     def __init__(
         self, ringer: Ringer, from_op: int | None, timeout: float | None, *, written: bool, owner: object
     ) -> None:
+        check_timeout(timeout)
         self._ringer = ringer
         self._owner = owner  # who closes the engine when nobody has him any more
         self._follower = Follower(ringer.engine, from_op, written=written)
@@ -114,7 +115,9 @@ class AsyncFollowing:
                 if self._timeout is not None:
                     deadline = loop.time() + self._timeout if deadline is None else deadline
                     if loop.time() >= deadline:
-                        return
+                        if self._follower.is_over():
+                            return
+                        continue
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout_at(deadline):
                         await rung.wait()

@@ -6,17 +6,25 @@ recovery that cut there: whatever else a copied file holds is no frame, and dama
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from mmapwal import format as fmt
 from mmapwal._native import lib
 from mmapwal.engine import Engine
-from mmapwal.errors import CorruptionError, IncompatibleFormatError, JournalError, SnapshotPersistError
+from mmapwal.errors import (
+    CorruptionError,
+    IncompatibleFormatError,
+    JournalError,
+    SnapshotError,
+    SnapshotPersistError,
+)
 from mmapwal.index import published_progress
 from mmapwal.segment import Segment, make_segment
-from mmapwal.snapshot import Snapshot, SnapshotStore, read_paired, snapshot_name
-from mmapwal.storage import Directory, MemoryDirectory, Storage
+from mmapwal.snapshot import Snapshot, SnapshotStore, kept_snapshot
+from mmapwal.storage import Directory, Storage, SystemDirectory
 from mmapwal.superblock import SegmentRecord, Superblock, SuperblockFile, read_superblock
 from mmapwal.verify import scan_segment, stop_problem
 
@@ -46,7 +54,7 @@ class _Moment:
     superblock: Superblock
     segments: dict[SegmentRecord, Segment]
     durable_lsn: int
-    snapshot: bytes | None
+    snapshot: Snapshot | None
 
     @classmethod
     def take(
@@ -57,29 +65,24 @@ class _Moment:
         wanted = {r: s for r, s in segments.items() if r.base_lsn < durable_lsn}
         for segment in wanted.values():
             segment.view  # noqa: B018  # maps it
-        return cls(directory, superblock, wanted, durable_lsn, _paired_snapshot(directory, superblock))
+        snapshot = kept_snapshot(directory, superblock.pairing, copy=True)
+        return cls(directory, superblock, wanted, durable_lsn, snapshot)
 
 
-def _paired_snapshot(directory: Directory, superblock: Superblock) -> bytes | None:
-    """The file of the snapshot that the superblock names, where snapshots are kept with the journal."""
-    if superblock.pairing is None or fmt.SNAPSHOTS_NAME not in directory.names():
-        return None
-    snapshots = directory.subdirectory(fmt.SNAPSHOTS_NAME)
-    try:
-        file = snapshots.open(snapshot_name(superblock.pairing[0]))
-        try:
-            return bytes(file.read_at(0, len(file)))
-        finally:
-            file.close()
-    except FileNotFoundError:
-        return None
-    finally:
-        snapshots.close()
+def _target(source: Directory, destination: str | os.PathLike[str] | Directory) -> Directory:
+    """Made if missing, but for one inside the source: JournalError, the folder is the journal's alone."""
+    if isinstance(source, SystemDirectory) and isinstance(destination, str | os.PathLike | SystemDirectory):
+        path = destination.path if isinstance(destination, SystemDirectory) else Path(destination)
+        if source.path.resolve() in path.resolve().parents:
+            raise JournalError(f"{path} is inside {source}: a backup of a journal lies elsewhere")
+    return SystemDirectory(destination) if isinstance(destination, str | os.PathLike) else destination
 
 
-def backup_open(engine: Engine, destination: Directory, progress: Progress | None = None) -> BackupReport:
-    """Of a journal of this process: all that was appended before the call. See Journal.backup(). Closes the
-    destination."""
+def backup_open(
+    engine: Engine, destination: str | os.PathLike[str] | Directory, progress: Progress | None = None
+) -> BackupReport:
+    """Of a journal of this process: all that was appended before the call. See Journal.backup()."""
+    target = _target(engine.directory, destination)
     engine.sync()
     with engine.structure:
         engine.check_usable()
@@ -87,11 +90,13 @@ def backup_open(engine: Engine, destination: Directory, progress: Progress | Non
         present = {segment.record.id: segment for segment in engine.segments.table.segments}
         segments = {record: present[record.id] for record in engine.records_with_ends()}
         moment = _Moment.take(engine.directory, superblock, segments, durable_lsn)
-    return _back_up(moment, destination, progress)
+    return _back_up(moment, target, progress)
 
 
 def backup_in_use(
-    directory: Directory, destination: Directory, progress: Progress | None = None
+    directory: Directory,
+    destination: str | os.PathLike[str] | Directory,
+    progress: Progress | None = None,
 ) -> BackupReport:
     """Of a journal that another process is writing: all that is durable. Takes no lock there and changes
     nothing.
@@ -99,6 +104,7 @@ def backup_in_use(
     FileNotFoundError when no journal is there; JournalError when it says nothing of what is durable, so that
     nobody can be writing it: open it and use Journal.backup(). Else as that.
     """
+    target = _target(directory, destination)
     for _ in range(LOOKS):
         superblock = read_superblock(directory)
         if superblock is None:
@@ -109,12 +115,12 @@ def backup_in_use(
         segments = {r: Segment(directory, superblock.uuid, r) for r in superblock.segments}
         try:
             moment = _Moment.take(directory, superblock, segments, durable_lsn)
-        except CorruptionError:
+        except (CorruptionError, SnapshotError):
             if read_superblock(directory) == superblock:
                 raise
-            continue  # a segment has gone meanwhile
+            continue  # a segment or the snapshot has gone meanwhile
         if read_superblock(directory) == superblock:
-            return _back_up(moment, destination, progress)
+            return _back_up(moment, target, progress)
     raise JournalError(f"{directory} changed {LOOKS} times while it was looked at")
 
 
@@ -128,7 +134,9 @@ def _back_up(moment: _Moment, destination: Directory, progress: Progress | None)
 
 def _copy_all(moment: _Moment, destination: Directory, progress: Progress | None) -> BackupReport:
     before = _earlier_backup(moment, destination)
-    snapshot = _checked_snapshot(moment)
+    file = _superblock_file(moment, destination, before)
+    file.next(file.current.with_epoch(moment.durable_lsn))  # refused before anything is copied
+    snapshot = moment.snapshot
     destination.sync_parent()
     total = sum(record.capacity for record in moment.segments)
     done = copied = kept = 0
@@ -140,13 +148,13 @@ def _copy_all(moment: _Moment, destination: Directory, progress: Progress | None
         else:
             replaces = before is not None and record.name in {r.name for r in before.segments}
             records.append(_copy(moment, record, segment, destination, replaces=replaces))
-            copied += fmt.PAGE_BYTES + record.capacity
+            copied += record.file_bytes
         done += record.capacity
         if progress is not None:
             progress(done, total)
     if snapshot is not None:
         _save(snapshot, destination, before)
-    _install(moment, records, destination, before)
+    _install(moment, records, destination, file)
     if snapshot is not None:
         with _snapshots(destination) as store:
             store.prune()
@@ -208,16 +216,6 @@ def _source(directory: Directory, segment: Segment) -> Storage | None:
         return None
 
 
-def _checked_snapshot(moment: _Moment) -> Snapshot | None:
-    """SnapshotError: it is damaged. A store on the journal's own folder would tidy up there."""
-    if moment.snapshot is None or moment.superblock.pairing is None:
-        return None
-    op, checksum = moment.superblock.pairing
-    copy = MemoryDirectory()
-    copy.create(snapshot_name(op)).write_at(0, moment.snapshot)
-    return read_paired(copy, op, checksum, f"{moment.directory}/{fmt.SNAPSHOTS_NAME}")
-
-
 def _snapshots(destination: Directory) -> SnapshotStore:
     """Where the destination has one, and until its superblock is replaced the one before."""
     folder = destination.subdirectory(fmt.SNAPSHOTS_NAME)
@@ -236,13 +234,18 @@ def _save(snapshot: Snapshot, destination: Directory, before: Superblock | None)
     destination.sync()
 
 
+def _superblock_file(moment: _Moment, destination: Directory, before: Superblock | None) -> SuperblockFile:
+    """Of the facts that are copied. The next sequence is that of neither journal."""
+    sequence = max(moment.superblock.sequence, before.sequence if before is not None else 0)
+    copied = replace(moment.superblock, segments=tuple(moment.segments), seal=None, sequence=sequence)
+    return SuperblockFile(destination, copied)
+
+
 def _install(
-    moment: _Moment, records: list[SegmentRecord], destination: Directory, before: Superblock | None
+    moment: _Moment, records: list[SegmentRecord], destination: Directory, file: SuperblockFile
 ) -> None:
     """Until its superblock is there, the destination is what it was before; then it is the backup."""
-    sequence = max(moment.superblock.sequence, before.sequence if before is not None else 0)
-    copied = replace(moment.superblock, segments=tuple(records), seal=None, sequence=sequence)
-    file = SuperblockFile(destination, copied)
+    copied = replace(file.current, segments=tuple(records))
     try:
         file.commit(copied.with_epoch(moment.durable_lsn))
         named = {record.name for record in records}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from mmapwal import format as fmt
 from mmapwal._native import ffi
 from mmapwal.segment import SegmentTable
 
-__all__ = ["HEADERS", "Columns", "Gathered", "Header", "Room", "Run"]
+__all__ = ["HEADERS", "Collection", "Columns", "Gathered", "Header", "Room", "Run"]
 
 
 class Header(NamedTuple):
@@ -235,31 +236,50 @@ def copied_headers(chunks: Iterable[Gathered]) -> npt.NDArray[Any]:
     return np.concatenate(parts) if parts else np.empty(0, HEADERS)
 
 
-def collect_columns(chunks: Iterable[Gathered], most: int) -> Columns:
-    """All chunks, `most` rows at most together."""
-    whole = Columns(
-        np.empty(most, np.uint64), np.empty(most, np.uint64), np.empty(most, np.uint32),
-        np.empty(most, np.int64), np.empty(most, np.uint16), np.empty(most, np.uint32),
-        np.empty(most, np.uint64), np.empty(most, np.uint32), (),
-    )  # fmt: skip
-    views: list[memoryview] = []
-    numbers: dict[int, int] = {}
-    at = 0
-    for chunk in chunks:
-        out, n = chunk.out, chunk.rows
-        present = [int(out.segment[0])] if chunk.uniform else np.unique(out.segment[:n]).tolist()
-        number_of = np.zeros(present[-1] + 1, np.uint32)
-        for row in present:
-            view = chunk.table.map(row)
-            if numbers.setdefault(id(view), len(views)) == len(views):
-                views.append(view[:])  # the caller's own to release
-            number_of[row] = numbers[id(view)]
-        rows = slice(at, at := at + n)
-        whole.ops[rows], whole.lsns[rows], whole.kinds[rows] = out.op[:n], out.lsn[:n], out.kind[:n]
-        whole.offsets[rows], whole.lengths[rows] = out.start[:n], chunk.lengths()
-        whole.timestamps[rows], whole.checksums[rows] = out.timestamp_ns[:n], out.checksum[:n]
-        whole.segments[rows] = number_of[out.segment[:n]]
-    return Columns(
-        whole.ops[:at], whole.offsets[:at], whole.lengths[:at], whole.timestamps[:at], whole.kinds[:at],
-        whole.checksums[:at], whole.lsns[:at], whole.segments[:at], tuple(views),
-    )  # fmt: skip
+class Collection:
+    """Columns in the making, of so many entries at most. Two threads may fill parts of it."""
+
+    def __init__(self, rows: int) -> None:
+        self._whole = Columns(
+            np.empty(rows, np.uint64), np.empty(rows, np.uint64), np.empty(rows, np.uint32),
+            np.empty(rows, np.int64), np.empty(rows, np.uint16), np.empty(rows, np.uint32),
+            np.empty(rows, np.uint64), np.empty(rows, np.uint32), (),
+        )  # fmt: skip
+        self._views: list[memoryview] = []
+        self._numbers: dict[int, int] = {}
+        self._guard = threading.Lock()
+
+    def _number(self, view: memoryview) -> int:
+        with self._guard:
+            number = self._numbers.setdefault(id(view), len(self._views))
+            if number == len(self._views):
+                self._views.append(view[:])  # the caller's own to release
+            return number
+
+    def take(self, chunks: Iterable[Gathered], at: int) -> int:
+        """All chunks, from a row on; the row behind them."""
+        whole = self._whole
+        for chunk in chunks:
+            out, n = chunk.out, chunk.rows
+            present = [int(out.segment[0])] if chunk.uniform else np.unique(out.segment[:n]).tolist()
+            number_of = np.zeros(present[-1] + 1, np.uint32)
+            for row in present:
+                number_of[row] = self._number(chunk.table.map(row))
+            rows = slice(at, at := at + n)
+            whole.ops[rows], whole.lsns[rows], whole.kinds[rows] = out.op[:n], out.lsn[:n], out.kind[:n]
+            whole.offsets[rows], whole.lengths[rows] = out.start[:n], chunk.lengths()
+            whole.timestamps[rows], whole.checksums[rows] = out.timestamp_ns[:n], out.checksum[:n]
+            whole.segments[rows] = number_of[out.segment[:n]]
+        return at
+
+    def columns(self, parts: Sequence[tuple[int, int]]) -> Columns:
+        """What was taken: rows from .. behind of each part, moved up to the part before."""
+        arrays: dict[str, Any] = {f.name: getattr(self._whole, f.name) for f in fields(Columns)}
+        del arrays["views"]
+        at = 0
+        for start, end in parts:
+            if start > at:
+                for array in arrays.values():
+                    array[at : at + end - start] = array[start:end]
+            at += end - start
+        return Columns(**{name: array[:at] for name, array in arrays.items()}, views=tuple(self._views))

@@ -86,7 +86,7 @@ def compact_in_turn(engine: Engine, *, hidden_too: bool = False) -> int:
             frames, live_bytes = live.between(record)
             if frames == 0:
                 dropped.append(record)
-                freed += fmt.PAGE_BYTES + record.capacity
+                freed += record.file_bytes
             elif hidden_too or live_bytes * 2 < record.capacity:
                 new, gained = _renew(engine, segment, live, frames)
                 if new is not None:

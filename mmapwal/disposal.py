@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 
 from mmapwal.storage import Directory
+from mmapwal.threads import start_thread
 
 log = logging.getLogger("mmapwal")
 
@@ -49,11 +50,17 @@ class Disposal:
             self._names.extend(names)
         self._start()
 
-    def _start(self) -> None:
+    def _start(self) -> bool:
+        """Whether somebody is at work on what there is. Where no thread can be had nothing waits for one: the
+        next call tries again, or the next open removes them."""
         with self._changed:
             if self._thread is None and self._names and not self._stopped:
-                self._thread = threading.Thread(target=self._run, name="mmapwal-remove", daemon=True)
-                self._thread.start()
+                try:
+                    self._thread = start_thread("remove", self._run)
+                except OSError as e:
+                    log.info("%s could not be removed: %s", self._names[0], e)
+                    return False
+            return True
 
     def _run(self) -> None:
         done = False
@@ -79,9 +86,8 @@ class Disposal:
         """Blocks until all are gone; whether there were any."""
         waited = False
         with self._changed:
-            while self._names and not self._stopped:
+            while self._names and not self._stopped and self._start():
                 waited = True
-                self._start()
                 self._changed.wait_for(lambda: self._thread is None)
         return waited
 

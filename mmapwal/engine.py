@@ -22,6 +22,7 @@ from mmapwal.errors import (
     BusyError,
     ClosedError,
     DuplicateOpError,
+    ExhaustedError,
     ForkedError,
     JournalError,
     JournalFullError,
@@ -36,12 +37,14 @@ from mmapwal.recovery import Scanned
 from mmapwal.segment import SegmentTable
 from mmapwal.storage import Directory, SyncMethod
 from mmapwal.superblock import Seal, SegmentRecord, Superblock
+from mmapwal.threads import start_thread
 
 __all__ = ["Durability", "Engine", "Options"]
 
 log = logging.getLogger("mmapwal")
 T = TypeVar("T")
 
+ABANDON_WAIT_S = 2.0
 BUFFER_BYTES = 128 << 10  # two of them fit into a processor's own cache
 STAGES = {
     lib.MW_STAGE_WRITE: "the write of a commit",
@@ -219,6 +222,9 @@ class Engine:
         with self.structure:
             return self.segments.table is not table
 
+    def look_anew(self) -> bool:
+        return False
+
     def follow_page(self) -> ProgressPage | None:
         return self.index.published
 
@@ -285,6 +291,8 @@ class Engine:
                 return JournalFullError(
                     f"the slot of {what} still holds another op above the watermark {watermark}"
                 )
+            case lib.MW_E_BAD_OP if not op:
+                return ExhaustedError(f"the journal cannot go on: op {fmt.OP_MAX} is the last")
             case lib.MW_E_BAD_OP:
                 return ValueError(f"an op is 1 .. {fmt.OP_MAX}")
             case lib.MW_E_BAD_KIND:
@@ -457,7 +465,7 @@ class Engine:
         if self.options.durability is not Durability.BUFFERED and self.state().epoch_owed:
             try:
                 self.start_epoch()
-            except OSError as e:
+            except (OSError, ExhaustedError) as e:
                 log.info("the epoch after a failed write has to wait: %s", e)
 
     def sync(self) -> int:
@@ -536,14 +544,31 @@ class Engine:
                 log.info("closing %s: %s", self.directory, e)
         self.closed = True
 
-    def abandon(self) -> None:
-        """Garbage collected without close(): nothing is synced, as after a kill."""
-        if not self.forked and not self.closed and self.writer is not None:
-            self._preparer.closing()
-            lib.mw_writer_close(self.writer)
-            lib.mw_committer_stop(self.writer)
-            self.disposal.stop()
-            self.directory.close()
+    def abandon(self, others_end: Callable[[], None]) -> None:
+        """Garbage collected without close(): nothing is synced, as after a kill. The lock is free when no
+        thread is at work any more, or it would go on in the files of the next owner; `others_end` waits for
+        those that are not the engine's. This waits for it, but not for ever: the collector runs anywhere,
+        also where its thread holds a lock that the work needs."""
+        if self.forked or self.closed or self.writer is None:
+            return
+        self._preparer.closing()
+        at_work = threading.current_thread().name.startswith("mmapwal-")  # maybe within a commit
+        dropping = None
+        if self.directory.concurrent:
+            with contextlib.suppress(OSError):  # no thread can be had
+                dropping = start_thread("abandon", self._drop, others_end)
+        if not at_work and dropping is not None:
+            dropping.join(ABANDON_WAIT_S)
+        elif not at_work:
+            self._drop(others_end)
+
+    def _drop(self, others_end: Callable[[], None]) -> None:
+        lib.mw_writer_close(self.writer)
+        lib.mw_committer_stop(self.writer)
+        self._preparer.stop()
+        others_end()
+        self.disposal.stop()
+        self.directory.close()
 
     def hear_of_forks(self) -> None:
         """in_child() is called from now on."""

@@ -10,6 +10,7 @@ __all__ = [
     "ClosedError",
     "CorruptionError",
     "DuplicateOpError",
+    "ExhaustedError",
     "ForkedError",
     "IncompatibleFormatError",
     "JournalError",
@@ -52,6 +53,11 @@ class CorruptionError(JournalError):
 
 class JournalFullError(JournalError):
     """The slot that the op needs still holds another op above the watermark. Nothing was written."""
+
+
+class ExhaustedError(JournalError):
+    """A number that only grows is used up; the message names it. Nothing has happened, and what the journal
+    holds can be read: copy it into a new one."""
 
 
 class StaleOpError(JournalError):

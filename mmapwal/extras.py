@@ -36,6 +36,9 @@ class DirectoryExtras(Protocol):
         """As unlink(), but takes its time: the blocks go in small steps, so that others on the device
         do not wait for all of them. Views of the file stay right."""
 
+    def identity(self, name: str) -> object:
+        """Another one when another file has taken the name, of those that somebody maps. None: no file."""
+
 
 def copy_blocks(from_fd: int, to_fd: int, offset: int, length: int) -> int:
     """copy_file_range at one place of both; how many bytes, in whole blocks. What it refuses, a write

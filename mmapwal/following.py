@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from itertools import chain
-from typing import Protocol
+from typing import Any, Protocol
 
 from mmapwal._native import lib
 from mmapwal.columns import Gathered, Room
@@ -46,6 +46,9 @@ class Followed(Protocol):
     def look_again(self, table: SegmentTable) -> bool:
         """A segment of that table is not where it was: whether there is another table now. Waits for a change
         of structure that is under way."""
+
+    def look_anew(self) -> bool:
+        """Whether the page is another one by now, that of an index made since: then that was taken over."""
 
     def follow_page(self) -> ProgressPage | None:
         """None: not there yet."""
@@ -129,6 +132,7 @@ class Follower:
             return None
         life = self._epoch
         self._take_over(self._engine.superblock, durable)
+        self._check_watermark()
         if life != self._epoch:  # what was written may be of a life of the writer that is over
             written, durable = self._engine.published()
         limit, life = written if self._written else durable, self._epoch
@@ -144,6 +148,10 @@ class Follower:
         self._seen_op = max(self._seen_op, watermark)
         self._engine.check_followed()
         return None
+
+    def is_over(self) -> bool:
+        """After take() had nothing, for who does not wait any longer. False: take once more."""
+        return not self._engine.look_anew()
 
     # --- changes of structure -----------------------------------------------------------------------
 
@@ -206,6 +214,13 @@ class Follower:
             f"op {op} is at or below the watermark {watermark}: what follows begins above it",
             first_op=watermark + 1,
         )
+
+    def _check_watermark(self) -> None:
+        """What lies above all that was given and not above the watermark never comes: a snapshot has it. Told
+        before what comes behind it."""
+        had_op = max(self._highest_op, self._seen_op)
+        if self._engine.superblock.watermark > had_op:
+            raise self._stale(had_op + 1)
 
     # --- frames -------------------------------------------------------------------------------------
 
@@ -334,6 +349,16 @@ class Follower:
             raise self._stale(self._seen_op + 1)
 
 
+def check_timeout(timeout: Any) -> None:
+    """TypeError or ValueError for what is no timeout of a follower."""
+    if timeout is None:
+        return
+    if not isinstance(timeout, int | float) or isinstance(timeout, bool):
+        raise TypeError(f"timeout is a number of seconds or None, not {type(timeout).__name__}")
+    if not timeout >= 0:  # nor nan
+        raise ValueError(f"timeout is 0 or more; not {timeout}")
+
+
 def _first_lsn(superblock: Superblock) -> int:
     return superblock.segments[0].base_lsn if superblock.segments else superblock.next_base_lsn
 
@@ -350,6 +375,7 @@ class Following:
         written: bool = False,
         owner: object = None,
     ) -> None:
+        check_timeout(timeout)
         self._owner = owner  # who closes the engine when nobody has him any more
         self._follower = Follower(engine, from_op, written=written)
         self._timeout = timeout
@@ -378,6 +404,7 @@ class Following:
             else:
                 now = time.monotonic()
                 deadline = now + timeout if deadline is None else deadline
-                if now >= deadline:
+                if now < deadline:
+                    follower.bell.wait(deadline - now)
+                elif follower.is_over():
                     return
-                follower.bell.wait(deadline - now)

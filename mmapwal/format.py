@@ -6,6 +6,8 @@ The structs of native/api.h are the same records; tests/unit/test_format.py hold
 from __future__ import annotations
 
 import re
+from itertools import accumulate
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +29,9 @@ SLOTS_MAX = 1 << 32
 PAYLOAD_BYTES_MAX = 1 << 30
 CAPACITY_MAX = 1 << 32  # of one segment: a batch of the largest payload fits, whatever is behind it
 LSN_MAX = 2**63 - 1
+EPOCH_MAX = GENERATION_MAX = 2**32 - 2
+SEQUENCE_MAX = SEGMENT_ID_MAX = 2**63 - 2
+SEGMENTS_MAX = 1 << 20
 ALIGN_CHOICES = (0, 512, 4096)
 REMOVALS_MAX = 64
 CUTS_MAX = 16
@@ -163,6 +168,12 @@ SUPERBLOCK_SEGMENT = np.dtype(
 
 SUPERBLOCK_REMOVAL = np.dtype([("first", "<u8"), ("last", "<u8"), ("below_lsn", "<u8")])
 SUPERBLOCK_CUT = np.dtype([("sequence", "<u8"), ("op", "<u8")])
+# What is behind the head, in this order: the field that counts the rows, and what a row is.
+SUPERBLOCK_LISTS = (
+    ("segment_count", SUPERBLOCK_SEGMENT),
+    ("removal_count", SUPERBLOCK_REMOVAL),
+    ("cut_count", SUPERBLOCK_CUT),
+)
 
 SNAPSHOT_HEADER = np.dtype(
     [
@@ -184,6 +195,12 @@ def crc32c(data: bytes | bytearray | memoryview, seed: int = 0) -> int:
 
     plain = data if type(data) is bytes else ffi.from_buffer(data)
     return int(lib.mw_crc32c(seed, plain, len(data)))
+
+
+def superblock_places(head: Any) -> tuple[int, ...]:
+    """Where each of SUPERBLOCK_LISTS begins in a superblock with this head; behind them its checksum."""
+    sizes = (int(head[count]) * row.itemsize for count, row in SUPERBLOCK_LISTS)
+    return tuple(accumulate(sizes, initial=SUPERBLOCK_HEAD.itemsize))
 
 
 def frame_bytes(payload_bytes: int) -> int:

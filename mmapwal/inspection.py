@@ -9,11 +9,11 @@ from typing import Any
 
 from mmapwal import format as fmt
 from mmapwal.engine import Engine
-from mmapwal.errors import CorruptionError, IncompatibleFormatError, JournalError, SnapshotError
+from mmapwal.errors import CorruptionError, IncompatibleFormatError, SnapshotError
 from mmapwal.index import SlotIndex
 from mmapwal.recovery import REFUSED, RecoveryRow, decide, refuse, scan_journal
 from mmapwal.segment import Segment, SegmentTable
-from mmapwal.snapshot import read_paired, snapshot_name
+from mmapwal.snapshot import kept_snapshot, snapshot_name
 from mmapwal.storage import Directory, SystemDirectory
 from mmapwal.superblock import Superblock, read_superblock
 from mmapwal.verify import (
@@ -21,6 +21,7 @@ from mmapwal.verify import (
     Progress,
     VerifyReport,
     damages,
+    file_problem,
     index_problems,
     summary_problems,
     verify_open,
@@ -33,8 +34,9 @@ def inspect(path: str | os.PathLike[str] | Directory, progress: Progress | None 
     """Checks the journal in a directory, also one that refuses to open, and the snapshot that it is paired
     with, where recover() keeps that. Takes no lock, writes nothing, blocks while it reads everything.
 
-    Beside a live writer it may report what is only under way. FileNotFoundError when no journal is
-    there; IncompatibleFormatError for another format version; OSError when the disk fails.
+    Beside a live writer it may report what is only under way. FileNotFoundError when no journal is there;
+    IncompatibleFormatError for another format version. A segment that the disk fails to read is a problem;
+    OSError when a file cannot be opened, or another one not be read.
     """
     own = SystemDirectory(path, create=False) if isinstance(path, str | os.PathLike) else None
     directory: Any = own or path
@@ -57,25 +59,26 @@ def inspect_journal(
     except CorruptionError as e:
         return VerifyReport(0, 0, 0, (Problem.of(e),)), None
     if superblock is not None:
-        return _inspect(directory, superblock, progress), superblock
+        return inspect_as(directory, superblock, progress), superblock
     if not any(fmt.is_ours(n) for n in directory.names()):
         raise FileNotFoundError(2, "no journal here", str(directory))
     gone = Problem(fmt.SUPERBLOCK_NAME, 0, 0, None, "it is gone, but segments are there")
     return VerifyReport(0, 0, 0, (gone,)), None
 
 
-def _inspect(directory: Directory, superblock: Superblock, progress: Progress | None) -> VerifyReport:
+def inspect_as(
+    directory: Directory, superblock: Superblock, progress: Progress | None = None
+) -> VerifyReport:
+    """What it is by this superblock, whichever is in force."""
     problems: list[Problem] = []
     sound: list[Segment] = []
     for record in superblock.segments:
         segment = Segment(directory, superblock.uuid, record)
-        try:
-            segment.check()
+        problem = file_problem(segment)
+        if problem is None:
             sound.append(segment)
-        except CorruptionError as e:
-            problems.append(Problem.of(e))
-        except JournalError as e:
-            problems.append(Problem(record.name, 0, record.base_lsn, None, str(e)))
+        else:
+            problems.append(problem)
     table = SegmentTable(sound)
     index = SlotIndex.open(directory, superblock.uuid, superblock.slot_count)
     try:
@@ -100,16 +103,11 @@ def _inspect(directory: Directory, superblock: Superblock, progress: Progress | 
 
 def snapshot_problems(directory: Directory, superblock: Superblock) -> tuple[Problem, ...]:
     """Of the paired one. None where snapshots are not kept with the journal: nobody knows where they are."""
-    if superblock.pairing is None or fmt.SNAPSHOTS_NAME not in directory.names():
-        return ()
-    op, checksum = superblock.pairing
-    snapshots = directory.subdirectory(fmt.SNAPSHOTS_NAME)
     try:
-        read_paired(snapshots, op, checksum, fmt.SNAPSHOTS_NAME)
+        kept_snapshot(directory, superblock.pairing)
     except (SnapshotError, IncompatibleFormatError) as e:
+        op, _ = superblock.pairing or (0, 0)
         return (Problem(f"{fmt.SNAPSHOTS_NAME}/{snapshot_name(op)}", 0, 0, op, str(e)),)
-    finally:
-        snapshots.close()
     return ()
 
 

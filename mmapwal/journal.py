@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import struct
-import threading
 import time
 import warnings
 import weakref
@@ -24,7 +22,6 @@ from mmapwal.backup import BackupReport, backup_in_use, backup_open
 from mmapwal.engine import Engine
 from mmapwal.errors import (
     ClosedError,
-    JournalError,
     PayloadTooLargeError,
     PoisonedError,
 )
@@ -37,11 +34,11 @@ from mmapwal.reading import Reading
 from mmapwal.recovery import RecoveryReport
 from mmapwal.stats import JournalStats, take_stats
 from mmapwal.storage import Directory, SyncMethod, SystemDirectory
+from mmapwal.syncing import BackgroundSync
 from mmapwal.verify import VerifyReport
 
 __all__ = ["Journal", "JournalStats"]
 
-log = logging.getLogger("mmapwal")
 Progress = Callable[[int, int], None]
 
 
@@ -86,8 +83,9 @@ class Journal(Reading):
 
     Raises LockedError (another writer has it), CorruptionError (acknowledged data is damaged; nothing
     was changed), IncompatibleFormatError, JournalError (the directory holds something else),
-    FileNotFoundError (nothing there, and not `create`), ValueError or TypeError (a choice is out of
-    range), OSError. Opening blocks: after an unclean end it reads everything; ``report`` tells.
+    ExhaustedError (a number that only grows is used up: `readonly` reads it), FileNotFoundError (nothing
+    there, and not `create`), ValueError or TypeError (a choice is out of range), OSError. Opening blocks:
+    after an unclean end it reads everything; ``report`` tells.
 
     All methods may be called from several threads at once. Use it as a context manager, or call close().
     """
@@ -150,17 +148,16 @@ class Journal(Reading):
         self._native_append = lib.mw_append
         self._append_next = lib.mw_append_next
         self._writer = engine.writer
-        self._syncing: threading.Thread | None = None
-        self._stop_syncing = threading.Event()
-        self._finalizer = weakref.finalize(self, _abandoned, engine, self._reader, self._stop_syncing)
+        self._syncing = BackgroundSync()
+        self._finalizer = weakref.finalize(self, _abandoned, engine, self._reader, self._syncing)
         self._finalizer.atexit = False
-        engine.start_preparing()
-        if sync_interval_ms is not None and syncs:
-            self._syncing = threading.Thread(
-                target=_sync_often, args=(engine, sync_interval_ms / 1000, self._stop_syncing),
-                name="mmapwal-sync", daemon=True,
-            )  # fmt: skip
-            self._syncing.start()
+        try:
+            engine.start_preparing()
+            if sync_interval_ms is not None and syncs:
+                self._syncing.start(engine, sync_interval_ms)
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -181,9 +178,7 @@ class Journal(Reading):
         is poisoned already is let go without a seal and without an error. Views stay right.
         """
         if not self._engine.forked:
-            self._stop_syncing.set()
-            if self._syncing is not None:
-                self._syncing.join()
+            self._syncing.stop()
             self._reader.close(ClosedError("the journal is closed"))
             try:
                 self._engine.close()
@@ -206,8 +201,8 @@ class Journal(Reading):
         live needs `replace`. `kind` is 0 .. 32,767; `timestamp` None asks the clock.
 
         Before a byte is written: DuplicateOpError, StaleOpError, JournalFullError (the slot still holds
-        another live op), PayloadTooLargeError, ValueError or TypeError, and OSError when there is no
-        space (nothing happened). PoisonedError when the write or sync failed: the outcome is unknown.
+        another live op), PayloadTooLargeError, ValueError or TypeError, ExhaustedError, and OSError when
+        there is no space (nothing happened). PoisonedError when the write or sync failed: outcome unknown.
         ClosedError, ForkedError. Blocks for one sync, which appends of other threads share.
         """
         if (
@@ -353,17 +348,19 @@ class Journal(Reading):
     ) -> Following:
         """The entries from `from_op` on, as they become durable, in that order: what is there, and then what
         comes. None: from the first there is. Waits for the next; ends when nothing came for `timeout` seconds
-        (0: does not wait). `written`: also what is only written, with Durability.OS and BUFFERED.
+        (0: does not wait; below 0: ValueError). `written`: also what is only written, with Durability.OS and
+        BUFFERED.
 
         Works in the writer's process and, with `readonly`, in any other, whatever the writer does: rotation,
         compaction, a crash, another life. An entry that is replaced comes again; drained ones that were not
         given yet do not come. The payloads are slices of the mapping, checked.
 
-        Raises StaleOpError when `from_op`, or what comes next, is at or below the watermark; its ``first_op``
-        is the first that can be followed. TruncatedError when something already given, or below `from_op`,
-        was removed by truncate_from(), or was written and lost, with the first such op. After either the
-        iterator goes on: above the watermark, with what was appended since. Entries are taken up to some
-        thousand at a time, and what was taken comes first: also when it was truncated meanwhile.
+        Raises StaleOpError when `from_op`, or what comes next, is at or below the watermark, also where no
+        entry was (a snapshot was installed); its ``first_op`` is the first that can be followed.
+        TruncatedError when something already given, or below `from_op`, was removed by truncate_from(), or
+        was written and lost, with the first such op. After either the iterator goes on: above the watermark,
+        with what was appended since. Entries are taken up to some thousand at a time, and what was taken
+        comes first: also when it was truncated meanwhile.
         CorruptionError, OSError; PoisonedError behind the last that is durable; ClosedError. Each iterator
         is for one thread at a time; there may be many."""
         first = None if from_op is None else check_op(from_op, "from_op")
@@ -375,7 +372,8 @@ class Journal(Reading):
         """Moves the watermark: ops up to it are gone. Durable at return, constant time on the disk.
 
         It only grows (else ValueError) and may lie above last_op. BusyError while another shrinking
-        operation is under way. OSError: nothing happened. PoisonedError, ClosedError, ForkedError.
+        operation is under way. OSError, ExhaustedError: nothing happened. PoisonedError, ClosedError,
+        ForkedError.
         """
         removal.set_watermark(self._engine, check_op(op, low=0))
 
@@ -415,7 +413,8 @@ class Journal(Reading):
 
     def set_user_data(self, data: bytes) -> None:
         """Keeps up to 128 bytes for the user in the superblock (a Raft term and vote), durable at return.
-        ValueError when longer; OSError: nothing happened; PoisonedError, ClosedError, ForkedError."""
+        ValueError when longer; OSError, ExhaustedError: nothing happened; PoisonedError, ClosedError,
+        ForkedError."""
         if len(data) > fmt.USER_DATA_BYTES_MAX:
             raise ValueError(f"{len(data)} bytes of user data; at most {fmt.USER_DATA_BYTES_MAX} fit")
         self._engine.check_usable()
@@ -519,9 +518,11 @@ class Journal(Reading):
         return isinstance(self._engine, Observer)
 
     def verify(self, progress: Progress | None = None) -> VerifyReport:
-        """Checks every durable frame, the index against them, and the paired snapshot where recover() keeps
-        it, while the journal goes on. Blocks while it reads everything. Changes nothing. OSError when the
-        disk fails. `readonly`: as inspect()."""
+        """Checks the superblock and the segments under their names, every durable frame, the index against
+        them, and the paired snapshot where recover() keeps it, while the journal goes on. Blocks while it
+        reads everything. Changes nothing. A segment that the disk fails to read is a problem; OSError when a
+        file cannot be opened, or another one not be read; ClosedError also when the journal is closed
+        meanwhile. `readonly`: as inspect()."""
         if self.readonly:
             return inspect(self.directory, progress)
         self._engine.check_usable()
@@ -535,21 +536,18 @@ class Journal(Reading):
         appended before the call, and is durable at return. Appends, reads and changes of structure go on.
 
         Blocks are shared where the file system can (xfs, btrfs). A directory that has an earlier backup of
-        this journal takes what is new; segments that are there already stay. A crash leaves there what was
-        there before, or the new backup.
+        this journal, opened since at most `readonly`, takes what is new; segments that are there stay. A
+        crash leaves there what was there before, or the new backup.
 
-        All that is copied is checked: CorruptionError, or SnapshotError, says what is damaged. LockedError
-        while another backup goes to that directory; IncompatibleFormatError when it holds another journal,
-        JournalError when it was opened as a journal since. OSError: nothing has changed for who opens the
-        directory; PoisonedError, ClosedError, ForkedError. `progress(done, total)` in bytes. A Directory
-        that is given is closed.
+        All that is copied is checked: CorruptionError, or SnapshotError, says what is damaged or missing.
+        LockedError while another backup goes to that directory; IncompatibleFormatError when it holds another
+        journal, JournalError when it was opened as a journal since, or lies inside this one. OSError: nothing
+        has changed for who opens the directory; PoisonedError, ClosedError, ForkedError. `progress(done,
+        total)` in bytes. A Directory that is given is closed.
         """
-        if not self.readonly:
-            self._engine.check_usable()
-        if isinstance(destination, str | os.PathLike):
-            destination = SystemDirectory(destination)
         if self.readonly:
             return backup_in_use(self.directory, destination, progress)
+        self._engine.check_usable()
         return backup_open(self._engine, destination, progress)
 
 
@@ -571,25 +569,10 @@ def out_of_range(error: Exception, kind: Any, timestamp: Any) -> Exception:
     return ValueError(f"kind is 0 .. {fmt.KIND_MAX}, timestamp 64 bits; not {kind} and {timestamp}")
 
 
-def _abandoned(engine: Engine, reader: Reader, stop_syncing: threading.Event) -> None:
+def _abandoned(engine: Engine, reader: Reader, syncing: BackgroundSync) -> None:
     if engine.forked:
         return
-    stop_syncing.set()
-    if threading.current_thread().name.startswith("mmapwal-"):
-        # The garbage collector ran within a commit of this thread: it cannot wait here for its end.
-        threading.Thread(target=engine.abandon, name="mmapwal-abandon", daemon=True).start()
-    else:
-        engine.abandon()
+    syncing.cancel()
+    engine.abandon(syncing.stop)
     if reader.closed is None:  # close() was not even begun
         warnings.warn(f"journal {engine.directory} was not closed", ResourceWarning, stacklevel=2)
-
-
-def _sync_often(engine: Engine, interval_s: float, stop: threading.Event) -> None:
-    """sync_interval_ms: a failure poisons like any other; what is no failure of the disk is tried again."""
-    while not stop.wait(interval_s):
-        try:
-            engine.sync()
-        except (PoisonedError, ClosedError):
-            return
-        except (OSError, JournalError, MemoryError) as e:
-            log.warning("a background sync has to be tried again: %s", e)

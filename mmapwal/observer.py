@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from mmapwal import format as fmt
 from mmapwal._native import ffi, lib
 from mmapwal.columns import Room
 from mmapwal.engine import Engine, Options
-from mmapwal.errors import ClosedError, CorruptionError, JournalError, ReadonlyError
+from mmapwal.errors import ClosedError, CorruptionError, JournalError, MissingOpError, ReadonlyError
 from mmapwal.index import SlotIndex, published_page
 from mmapwal.opening import check_sizes
 from mmapwal.page import ProgressPage
@@ -57,6 +58,7 @@ class Observer(Engine):
         self._superblock = _NOBODY
         self._page: ProgressPage | None = None
         self._page_at = float("-inf")
+        self._page_file: object = None  # which it is in
         self._limit = 0
         self._slots_at = 0  # below it, the slots have what the frames say
         self._slots_of = _NOBODY  # the superblock as of which
@@ -118,7 +120,22 @@ class Observer(Engine):
         """The index may be another file by now."""
         if self._superblock is not _NOBODY:
             superblock = self._superblock
+            self._page_file = self._index_file()
             self._page = published_page(self.directory, superblock.uuid, superblock.slot_count)
+
+    def _index_file(self) -> object:
+        identity = getattr(self.directory, "identity", None)
+        return None if identity is None else identity(fmt.INDEX_NAME)
+
+    def look_anew(self) -> bool:
+        """Also of a journal that is not there yet. OSError, JournalError as look()."""
+        self.check_followed()
+        if self._index_file() == self._page_file:
+            return False
+        with self.structure:
+            self._page_at = float("-inf")
+            self.look()
+        return True
 
     def follow_page(self) -> ProgressPage | None:
         return self._page
@@ -266,6 +283,7 @@ class Observer(Engine):
 
     def state(self) -> Any:
         """As an engine's, of what is durable."""
+        self.look_anew()
         with self.structure:
             self.refresh()
             live, first_op, last_op = self.index.summary()
@@ -311,7 +329,7 @@ class Observer(Engine):
             page.stir()
         self.directory.close()
 
-    def abandon(self) -> None:
+    def abandon(self, others_end: Callable[[], None]) -> None:
         self.close()
 
     def in_child(self) -> None:
@@ -342,15 +360,28 @@ class ObservingReader(Reader):
                 self._take_over()
                 self._index = self._engine.index
 
+    # What is not there may be in the journal of a writer who made a new index.
+
     def locate(self, op: int) -> tuple[memoryview, int, int, int, int]:
+        self._look()
+        try:
+            return super().locate(op)
+        except MissingOpError:
+            if not self._engine.look_anew():
+                raise
         self._look()
         return super().locate(op)
 
     def find(self, op: int) -> tuple[SegmentTable, int, int, int] | None:
         self._look()
-        return super().find(op)
+        found = super().find(op)
+        if found is None and self._engine.look_anew():
+            self._look()
+            found = super().find(op)
+        return found
 
     def _range(self, first: int | None, last: int | None) -> tuple[int, int, Any]:
+        self._engine.look_anew()
         self._look()
         return super()._range(first, last)
 

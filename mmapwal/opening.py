@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -25,10 +26,12 @@ from mmapwal.recovery import (
     refuse,
     rewrite_unproven,
     scan_journal,
+    unproven,
 )
 from mmapwal.segment import SegmentSet
 from mmapwal.storage import Directory, SyncMethod
 from mmapwal.superblock import Seal, Superblock, SuperblockFile, read_superblock
+from mmapwal.threads import SecondThread, threads_for
 
 __all__ = ["Durability", "Opening", "Options", "check_empty", "check_sizes"]
 
@@ -99,8 +102,8 @@ class Opening:
         self.watch = Stopwatch(self.report.seconds)
 
     def run(self) -> None:
-        """CorruptionError, IncompatibleFormatError, JournalError, OSError; PoisonedError when the
-        superblock is in doubt. A refused journal was not changed."""
+        """CorruptionError, IncompatibleFormatError, ExhaustedError, JournalError, OSError; PoisonedError
+        when the superblock is in doubt. A refused journal was not changed."""
         superblock = read_superblock(self.directory)
         created = superblock is None
         if superblock is None:
@@ -133,16 +136,14 @@ class Opening:
             row = self.segments.table.row(seal.lsn)
             return Scanned((), seal.lsn, seal.link, row, proven_lsn=seal.lsn)
         durable = 0 if index is None else index.progress()[1]
-        found = scan_journal(self.segments.table, superblock, durable, self.options.progress, self._threads())
+        found = scan_journal(
+            self.segments.table, superblock, durable, self.options.progress, threads_for(self.directory)
+        )
         report.outcome = decide(found.finding)
         self.watch.lap("scan")
         if report.outcome in REFUSED:
             raise refuse(report.outcome, found, self.segments.table)
         return found
-
-    def _threads(self) -> int:
-        """How many threads a scan may take."""
-        return 2 if self.directory.concurrent and len(os.sched_getaffinity(0)) > 1 else 1
 
     def _create(self) -> Superblock:
         check_empty(self.directory, self.options)
@@ -159,20 +160,61 @@ class Opening:
         return self.file.current
 
     def _settle(self, superblock: Superblock, index: SlotIndex | None) -> None:
-        """Makes what was found the truth: the superblock durable, the tail proven, a new epoch there."""
-        found, watch = self.found, self.watch
-        records = superblock.segments
+        """Makes what was found the truth: the superblock durable, the tail proven, a new epoch there. The
+        index, which nobody believes before a seal, is filled while that waits for the disk."""
+        found, report = self.found, self.report
+        self._check_numbers(superblock)
+        with SecondThread("recovery") as second:
+            filled = self._begin_filling(index, second)
+            if found.slots:
+                # The superblock that was read may not have been durable: no segment is written before one is.
+                self.file.commit(superblock)
+                self.directory.sync_parent()
+                self.remove_strangers()
+                self.watch.lap("superblock")
+            if index is None:
+                index = SlotIndex.create(self.directory, superblock.uuid, superblock.slot_count)
+                filled = self._begin_filling(index, second)
+            self.index = index
+            self._prove(superblock)
+            if filled is not None:
+                self.summary = filled.result()
+        found.slots = ()
+        report.frames, report.entries, report.scanned_bytes = found.frames, found.entries, found.scanned_bytes
+        report.tail_lsn, report.proven_lsn = found.tail_lsn, found.proven_lsn
+        report.cut_bytes = found.stop_lsn - found.tail_lsn + found.torn_bytes if found.stop_lsn else 0
+        self.watch.lap("index")
+
+    def _check_numbers(self, superblock: Superblock) -> None:
+        """ExhaustedError, before anything is changed, where a number is used up that this open needs."""
+        found, renewed = self.found, set()
+        if found.slots and superblock.align_bytes:
+            renewed = {s.record.id for s, _, _ in unproven(self.segments.table, superblock, found)}
+        segments = (replace(r, generation=r.generation + (r.id in renewed)) for r in superblock.segments)
+        new = replace(superblock.with_epoch(found.tail_lsn), segments=tuple(segments))
+        replace(new, sequence=superblock.sequence + (2 if found.slots else 1)).checked()
+
+    def _begin_filling(
+        self, index: SlotIndex | None, second: SecondThread
+    ) -> Future[tuple[int, int, int]] | None:
+        """With what was found, if anything was. Done at return, unless a second thread has a processor."""
+        slots = self.found.slots
+        if index is None or not slots:
+            return None
+        if threads_for(self.directory) > 1:
+            return second.submit(index.fill, slots[0], slots[-1])
+        self.summary = index.fill(slots[0], slots[-1])
+        return None
+
+    def _prove(self, superblock: Superblock) -> None:
+        found, records = self.found, superblock.segments
         if found.slots:
-            # The superblock that was read may not have been durable: nothing is written before one is.
-            self.file.commit(superblock)
-            self.directory.sync_parent()
-            self.remove_strangers()
             renewed, written = rewrite_unproven(self.directory, self.segments.table, superblock, found)
             self.report.rewritten_bytes = written
             records = tuple(
                 replace(renewed.get(r.id, r), end_lsn=found.ends.get(r.id, r.end_lsn)) for r in records
             )
-            watch.lap("rewrite")
+            self.watch.lap("rewrite")
         kept = [r for r in records if r.base_lsn <= found.tail_lsn]
         if self.report.outcome in {RecoveryRow.SEALED, RecoveryRow.CLEAN}:
             kept = list(records[: len(kept) + 1])  # the one prepared ahead is still blank
@@ -180,16 +222,7 @@ class Opening:
         if not found.slots:
             self.directory.sync_parent()
         self.segments.follow(self.file.current.segments)
-        watch.lap("epoch")
-        self.index = index or SlotIndex.create(self.directory, superblock.uuid, superblock.slot_count)
-        if found.slots:
-            self.summary = self.index.fill(found.slots[0], found.slots[-1])
-            found.slots = ()
-        report = self.report
-        report.frames, report.entries, report.scanned_bytes = found.frames, found.entries, found.scanned_bytes
-        report.tail_lsn, report.proven_lsn = found.tail_lsn, found.proven_lsn
-        report.cut_bytes = found.stop_lsn - found.tail_lsn + found.torn_bytes if found.stop_lsn else 0
-        watch.lap("index")
+        self.watch.lap("epoch")
 
     def remove_strangers(self) -> None:
         """Files of our own names that the superblock does not name. A failed unlink is no matter."""

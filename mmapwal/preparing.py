@@ -20,8 +20,9 @@ from mmapwal import format as fmt
 from mmapwal._native import lib
 from mmapwal.errors import JournalError
 from mmapwal.segment import NewSegment, SegmentSet
-from mmapwal.storage import Directory
+from mmapwal.storage import Directory, SyncMethod
 from mmapwal.superblock import SegmentRecord, Superblock
+from mmapwal.threads import start_thread
 
 __all__ = ["Preparer"]
 
@@ -42,6 +43,7 @@ class Engine(Protocol):
     structure: threading.RLock
     writer: Any
     segments: SegmentSet
+    sync_method: SyncMethod
 
     @property
     def superblock(self) -> Superblock: ...
@@ -126,13 +128,14 @@ class Preparer:
         try:
             kept = [r for r in engine.records_with_ends() if r != prepared]
             new = replace(engine.superblock, segments=(*kept, record), next_segment_id=record.id + 1)
-            if prepared is not None:
-                dropped = True  # before the call: an interrupt may come right behind it
-                if lib.mw_writer_drop_target(engine.writer) != 0:  # it was begun meanwhile
-                    dropped = False
-                    engine.remove_files([record.name])
-                    return
-            engine.change(new, lambda: engine.add_target(record))
+            with engine.segments.expecting(record, engine.sync_method):
+                if prepared is not None:
+                    dropped = True  # before the call: an interrupt may come right behind it
+                    if lib.mw_writer_drop_target(engine.writer) != 0:  # it was begun meanwhile
+                        dropped = False
+                        engine.remove_files([record.name])
+                        return
+                engine.change(new, lambda: engine.add_target(record))
         except BaseException as e:
             named = {r.name for r in engine.superblock.segments}
             if dropped and prepared is not None and prepared.name in named and not engine.in_doubt:
@@ -157,9 +160,8 @@ class Preparer:
     # --- ahead --------------------------------------------------------------------------------------
 
     def start(self, writer: Any) -> None:
-        """Segments are made ahead from now on, until stop()."""
-        self._thread = threading.Thread(target=self._run, args=(writer,), name="mmapwal-prepare", daemon=True)
-        self._thread.start()
+        """Segments are made ahead from now on, until stop(). OSError: no thread can be had."""
+        self._thread = start_thread("prepare", self._run, writer)
 
     def closing(self) -> None:
         """No further step is begun."""

@@ -15,17 +15,19 @@ import numpy.typing as npt
 from mmapwal import columns
 from mmapwal import format as fmt
 from mmapwal._native import ffi, lib
-from mmapwal.columns import Columns, Gathered, Header, Room
+from mmapwal.columns import Collection, Columns, Gathered, Header, Room
 from mmapwal.engine import Engine
 from mmapwal.errors import CorruptionError, MissingOpError, PoisonedError
 from mmapwal.opening import Durability
 from mmapwal.segment import SegmentSet, SegmentTable
+from mmapwal.threads import SecondThread, threads_for
 
 __all__ = ["DrainedEntries", "Entry", "Reader", "make_entry", "slices_of"]
 
 PAYLOAD_ROWS = 2048
 ENTRY_ROWS = 512  # before the garbage collector notices
 COLUMN_ROWS = 8192
+SPLIT_ROWS = 1 << 16  # below it a second thread takes longer to start than it saves
 FIRST_ROWS = 64  # whoever looks at a few need not wait for many
 _NO_ROW = 2**32 - 1
 # Elsewhere loads may overtake each other, and a slot is read by the C helper alone.
@@ -348,9 +350,17 @@ class Reader:
         return columns.copied_headers(self.chunks(first, last, verify=False))
 
     def columns(self, first: int | None, last: int | None) -> Columns:
-        low, high, ops = ops_range = self._range(first, last)
-        rows = len(ops) if ops is not None else max(0, high - low + 1)
-        return columns.collect_columns(self._chunks(ops_range, verify=True), rows)
+        whole = self._range(first, last)
+        rows = _rows_of(whole)
+        making = Collection(rows)
+        if rows < SPLIT_ROWS or threads_for(self._engine.directory) == 1:
+            return making.columns([(0, making.take(self._chunks(whole, verify=True), 0))])
+        lower, upper = _halves(whole)
+        middle = _rows_of(lower)
+        with SecondThread("columns") as second:
+            other = second.submit(making.take, self._chunks(upper, verify=True), middle)
+            end = making.take(self._chunks(lower, verify=True), 0)
+            return making.columns([(0, end), (middle, other.result())])
 
     def arrays(self, first: int | None, last: int | None, owner: object) -> Iterator[npt.NDArray[np.uint8]]:
         chunks = self.chunks(first, last, verify=True, owner=owner)
@@ -370,6 +380,19 @@ class Reader:
         for row in {table.row(lsn) for lsn in headers["lsn"].tolist()}:
             table.map(row)
         return DrainedEntries(table, headers)
+
+
+def _rows_of(ops_range: OpsRange) -> int:
+    low, high, ops = ops_range
+    return len(ops) if ops is not None else max(0, high - low + 1)
+
+
+def _halves(ops_range: OpsRange) -> tuple[OpsRange, OpsRange]:
+    low, high, ops = ops_range
+    if ops is not None:
+        return (low, high, ops[: len(ops) // 2]), (low, high, ops[len(ops) // 2 :])
+    middle = (low + high) // 2
+    return (low, middle, None), (middle + 1, high, None)
 
 
 def _noting(chunks: Iterable[Gathered], current: list[Gathered]) -> Iterator[Gathered]:

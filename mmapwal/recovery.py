@@ -10,8 +10,8 @@ batch of the unbroken chain ends.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator
+from concurrent.futures import wait
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from queue import SimpleQueue
@@ -27,6 +27,7 @@ from mmapwal.index import rebuilt_slots, slot_pointer
 from mmapwal.segment import MAPPINGS_MAX, Segment, SegmentTable, make_segment, native_scan, scan_fields
 from mmapwal.storage import Directory
 from mmapwal.superblock import SegmentRecord, Superblock
+from mmapwal.threads import SecondThread
 
 __all__ = ["TABLE", "Finding", "RecoveryReport", "RecoveryRow", "Scanned", "decide", "scan_journal"]
 
@@ -279,13 +280,10 @@ def _mapping(segment: Segment) -> tuple[Any, int]:
 
 def _scan_behind(run: _Run, segments: tuple[Segment, ...], tell: _Telling) -> None:
     """The disk is the limit: one thread reads ahead, from the first byte to the last, and one checks."""
-    pool = ThreadPoolExecutor(1, "mmapwal-recovery")
-    try:
-        read = [pool.submit(lib.mw_populate, *(*_mapping(s), 0)) for s in segments]
+    with SecondThread("recovery") as second:
+        read = [second.submit(lib.mw_populate, *(*_mapping(s), 0)) for s in segments]
         # Whether a read worked is no matter here: the check of the same bytes tells what the disk says.
         run.scan(tell, lambda row: wait([read[row]]))
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def split_row(table: SegmentTable, proven_lsn: int) -> int:
@@ -312,8 +310,8 @@ def _scan_split(
     older = _Run(table, range(row), superblock, proven_lsn)
     newer = _Run(table, range(row, len(table.segments)), superblock, proven_lsn)
     steps: SimpleQueue[None] = SimpleQueue()
-    with ThreadPoolExecutor(1, "mmapwal-recovery") as pool:
-        second = pool.submit(newer.scan, lambda _: steps.put(None))
+    with SecondThread("recovery") as thread:
+        second = thread.submit(newer.scan, lambda _: steps.put(None))
         second.add_done_callback(lambda _: steps.put(None))
         try:
             older.scan(lambda done: tell(done + newer.done_bytes))
@@ -388,6 +386,21 @@ def refuse(row: RecoveryRow, found: Scanned, table: SegmentTable) -> CorruptionE
     )
 
 
+def unproven(
+    table: SegmentTable, superblock: Superblock, found: Scanned
+) -> Iterator[tuple[Segment, int, int]]:
+    """The segments with something between what is proven and the tail, and what is written again of each:
+    from one LSN to another."""
+    for segment in table.segments:
+        record = segment.record
+        # A gap may lie over the place below which all is proven: no frame starts there.
+        whole = superblock.align_bytes or record.generation > 0
+        start = record.base_lsn if whole else max(record.base_lsn, found.proven_lsn)
+        end = min(found.ends.get(record.id, found.tail_lsn), found.tail_lsn)
+        if start < end and found.proven_lsn < end:
+            yield segment, start, end
+
+
 def rewrite_unproven(
     directory: Directory, table: SegmentTable, superblock: Superblock, found: Scanned
 ) -> tuple[dict[int, SegmentRecord], int]:
@@ -400,17 +413,11 @@ def rewrite_unproven(
     """
     renewed: dict[int, SegmentRecord] = {}
     total = 0
-    for segment in table.segments:
+    for segment, start, end in unproven(table, superblock, found):
         record = segment.record
-        # A gap may lie over the place below which all is proven: no frame starts there.
-        whole = superblock.align_bytes or record.generation > 0
-        start = record.base_lsn if whole else max(record.base_lsn, found.proven_lsn)
-        end = min(found.ends.get(record.id, found.tail_lsn), found.tail_lsn)
-        if end <= start or end <= found.proven_lsn:
-            continue
         copy = _checked_copy(segment, start, end, superblock)
         if copy is None and start > record.base_lsn:  # what is proven ends within a frame
-            start = record.base_lsn
+            start = record.base_lsn  # noqa: PLW2901
             copy = _checked_copy(segment, start, end, superblock)
         if copy is None:
             raise CorruptionError(

@@ -361,14 +361,13 @@ class Replica:
     def submit(self, payload: Buffer, *, kind: int = 0) -> Any:
         """Journals one entry, applies all up to it, and returns what apply() returned for it.
 
-        `payload` and `kind` are those of Journal.append, and so is how durable the entry is at return.
-        Entries that were journaled before and not applied yet (above recover()'s `commit_op`) are
-        applied first. Blocks for the disk, and for those who apply. Thread-safe.
+        `payload`, `kind` and how durable it is at return: as in Journal.append. Entries not applied yet
+        (above recover()'s `commit_op`) come first. Blocks for the disk and for apply(). Thread-safe.
 
-        Raises what Journal.append raises (JournalFullError: checkpoint, then submit again); what
-        apply() raised for this entry; StateMachineError when apply() failed before, or, with nothing
-        journaled, when a MuxStateMachine has no machine for `kind`; JournalError while gap_op is set.
-        After an interrupt the entry may be journaled; then it is applied in its turn, by anyone.
+        Raises what Journal.append raises (JournalFullError: checkpoint, then submit again); what apply()
+        raised for this entry; StateMachineError when apply() failed before, or, with nothing journaled,
+        when a MuxStateMachine has no machine for `kind`; JournalError while gap_op is set, or when what is
+        journaled cannot be read. That, and what an interrupt leaves, is applied in its turn, by anyone.
         """
         self._refuse()
         if self._accepts is not None and not self._accepts(integer("kind", kind, 0, fmt.KIND_MAX)):
@@ -442,11 +441,12 @@ class Replica:
         with self._guard:
             outcome = self._results.pop(op, None)
         if outcome is None:
-            outcome = self._advance(op, own=op)
+            try:
+                outcome = self._advance(op, own=op)
+            except OSError as e:  # which would say that nothing was journaled
+                raise JournalError(f"op {op} is journaled, but cannot be read and applied now") from e
         if outcome is None:
-            raise JournalError(
-                f"op {op} is journaled, but does not follow op {self._applied}, the last applied"
-            )
+            raise JournalError(f"op {op} is journaled, but does not follow op {self._applied}, applied last")
         return outcome
 
     def _advance(self, target: int, *, own: int = 0) -> _Outcome | None:

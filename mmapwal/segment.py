@@ -7,7 +7,7 @@ import threading
 import time
 import weakref
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -73,7 +73,7 @@ class NewSegment:
         self.record = record
         self._replaces = replaces
         self._directory = directory
-        self._length = fmt.PAGE_BYTES + record.capacity
+        self._length = record.file_bytes
         self._end = fmt.PAGE_BYTES
         self._synced = False
         try:
@@ -200,7 +200,7 @@ class Segment:
 
     def _check_length(self, length: int) -> None:
         """What is behind the end of a mapping is not ours."""
-        if length < fmt.PAGE_BYTES + self.record.capacity:
+        if length < self.record.file_bytes:
             raise CorruptionError(
                 self.record.name, length, self.record.base_lsn, None, f"the file was cut to {length} bytes"
             )
@@ -212,12 +212,12 @@ class Segment:
 
     @property
     def view(self) -> memoryview:
-        """The whole file, header page included, read-only."""
+        """The whole segment, header page included, read-only; not what else its file may have grown by."""
         if self._view is None:
             with self._guard:
                 if self._view is None:
                     storage = self._writer or self._open()
-                    view = storage.view()
+                    view = storage.view()[: self.record.file_bytes]
                     if storage is not self._writer:
                         storage.close()
                     self._check_length(len(view))
@@ -244,12 +244,13 @@ class Segment:
             self._view = self._address = self._storage = None
 
     def start_writing(self, sync_method: SyncMethod) -> Any:
-        """The C committer's table of functions for this file."""
-        self._writer = self._open(writable=True, sync_method=sync_method)
-        if isinstance(self._writer, MappedStorage):
-            self._io = self._writer.native_io()
-        else:
-            self._io = InjectedIO(self._writer)
+        """The C committer's table of functions for this file. OSError: only the first time."""
+        if self._writer is None:
+            self._writer = self._open(writable=True, sync_method=sync_method)
+            if isinstance(self._writer, MappedStorage):
+                self._io = self._writer.native_io()
+            else:
+                self._io = InjectedIO(self._writer)
         return self._io if not isinstance(self._io, InjectedIO) else self._io.table
 
     @property
@@ -373,6 +374,7 @@ class SegmentSet:
         self._uuid = uuid
         self.held = HeldMappings()
         self._mapped_since = 0
+        self._expected: Segment | None = None
         self.table = SegmentTable(Segment(directory, uuid, r) for r in records)
 
     def after_fork(self) -> None:
@@ -384,12 +386,27 @@ class SegmentSet:
     def by_id(self, segment_id: int) -> Segment | None:
         return next((s for s in self.table.segments if s.record.id == segment_id), None)
 
+    @contextlib.contextmanager
+    def expecting(self, record: SegmentRecord, sync_method: SyncMethod) -> Iterator[None]:
+        """Opens the file of one to come for writing, so that a want of descriptors or memory is an ordinary
+        error: no superblock names it yet. Within, follow() takes it over."""
+        self._expected = segment = Segment(self._directory, self._uuid, record)
+        try:
+            segment.start_writing(sync_method)
+            yield
+        finally:
+            if self._expected is segment:
+                self._expected = None
+                segment.stop_writing()
+
     def follow(self, records: Iterable[SegmentRecord]) -> list[Segment]:
         """Takes over what a new superblock names; returns those that it no longer names."""
         present = {s.record.name: s for s in self.table.segments}
         kept = []
         for record in records:
             segment = present.pop(record.name, None)
+            if segment is None and self._expected is not None and self._expected.record.name == record.name:
+                segment, self._expected = self._expected, None
             if segment is None:
                 segment = Segment(self._directory, self._uuid, record)
             segment.record = record

@@ -33,7 +33,7 @@ from mmapwal.errors import (
 )
 from mmapwal.storage import Directory, Storage, SystemDirectory
 
-__all__ = ["Snapshot", "SnapshotStore", "read_paired", "snapshot_name"]
+__all__ = ["Snapshot", "SnapshotStore", "kept_snapshot", "snapshot_name"]
 
 _NAME = re.compile(r"snapshot-([0-9]{20})")
 _TEMPORARY_NAME = re.compile(r"snapshot-[0-9]{20}\.tmp")
@@ -272,7 +272,7 @@ class SnapshotStore:
         checksum = integer("checksum", checksum, 0, 2**32 - 1)
         with self._guard:
             self._refuse_if_closed()
-            return read_paired(self._directory, op, checksum, self._label)
+            return _read_paired(self._directory, op, checksum, self._label)
 
     # --- removing ---------------------------------------------------------------------------------
 
@@ -305,9 +305,23 @@ class SnapshotStore:
             raise ClosedError(f"{self._label}: the snapshot store is closed")
 
 
-def read_paired(directory: Directory, op: int, checksum: int, label: str) -> Snapshot:
-    """SnapshotStore.load_paired(), of a directory that stays as it is. `label` names it in messages."""
-    snapshot = read_snapshot(directory, op, label)
+def kept_snapshot(
+    directory: Directory, pairing: tuple[int, int] | None, *, copy: bool = False
+) -> Snapshot | None:
+    """The paired snapshot of the journal in `directory`, which stays as it is; errors as of load_paired().
+    None: it is paired with none, or they are not kept with it, and nobody knows where they are. `copy`: its
+    data is not mapped."""
+    if pairing is None or fmt.SNAPSHOTS_NAME not in directory.names():
+        return None
+    snapshots = directory.subdirectory(fmt.SNAPSHOTS_NAME)
+    try:
+        return _read_paired(snapshots, *pairing, f"{directory}/{fmt.SNAPSHOTS_NAME}", copy=copy)
+    finally:
+        snapshots.close()
+
+
+def _read_paired(directory: Directory, op: int, checksum: int, label: str, *, copy: bool = False) -> Snapshot:
+    snapshot = read_snapshot(directory, op, label, copy=copy)
     if snapshot.checksum != checksum:
         raise SnapshotCorruptError(
             f"{label}/{snapshot_name(op)}: its checksum is {snapshot.checksum:#010x}, "
@@ -316,9 +330,9 @@ def read_paired(directory: Directory, op: int, checksum: int, label: str) -> Sna
     return snapshot
 
 
-def read_snapshot(directory: Directory, op: int, label: str) -> Snapshot:
-    """The snapshot of an op, checked. SnapshotError when it is missing, SnapshotCorruptError,
-    IncompatibleFormatError, OSError."""
+def read_snapshot(directory: Directory, op: int, label: str, *, copy: bool = False) -> Snapshot:
+    """The snapshot of an op, checked; `label` names the directory. SnapshotError when it is missing,
+    SnapshotCorruptError, IncompatibleFormatError, OSError."""
     name = snapshot_name(op)
     place = f"{label}/{name}"
     try:
@@ -327,7 +341,7 @@ def read_snapshot(directory: Directory, op: int, label: str) -> Snapshot:
         raise SnapshotError(f"{place}: the snapshot of op {op} is missing") from e
     try:
         head = _checked_header(place, op, bytes(storage.read_at(0, _HEADER_BYTES)))
-        view = storage.view().toreadonly()
+        view = storage.read_at(0, len(storage)) if copy else storage.view().toreadonly()
     finally:
         storage.close()
     if int(head["length"]) != view.nbytes - _HEADER_BYTES:

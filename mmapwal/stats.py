@@ -42,7 +42,7 @@ def take_stats(engine: Engine) -> JournalStats:
     live = Live(engine.index.copy()).total_bytes
     held = engine.segments.held.held()
     now = time.monotonic()
-    segment_bytes = sum(s.capacity + fmt.PAGE_BYTES for s in superblock.segments)
+    segment_bytes = sum(s.file_bytes for s in superblock.segments)
     used = sum(min(s.next_base_lsn, state.written_lsn) - s.base_lsn
                for s in superblock.segments if s.base_lsn < state.written_lsn)  # fmt: skip
     return JournalStats(

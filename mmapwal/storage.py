@@ -406,6 +406,13 @@ class SystemDirectory:
         with self._directory() as fd:
             discard(fd, name, in_steps=lib.mw_fs_type(fd) in LEASES_SEE_MAPPINGS)
 
+    def identity(self, name: str) -> tuple[int, int] | None:
+        """DirectoryExtras.identity()"""
+        with self._directory() as fd, contextlib.suppress(FileNotFoundError):
+            found = os.stat(name, dir_fd=fd, follow_symlinks=False)
+            return found.st_dev, found.st_ino
+        return None
+
     def sync(self) -> None:
         with self._directory() as fd:
             _check(lib.mw_fd_sync(fd), str(self.path))

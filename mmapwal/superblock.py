@@ -17,13 +17,16 @@ from typing import Any
 import numpy as np
 
 from mmapwal import format as fmt
-from mmapwal.errors import CorruptionError, IncompatibleFormatError, PoisonedError
+from mmapwal.errors import (
+    CorruptionError,
+    ExhaustedError,
+    IncompatibleFormatError,
+    JournalError,
+    PoisonedError,
+)
 from mmapwal.storage import Directory, Storage
 
 log = logging.getLogger("mmapwal")
-
-_U32_MAX = 2**32 - 1
-_COUNTS_MAX = (fmt.REMOVALS_MAX, fmt.CUTS_MAX, fmt.USER_DATA_BYTES_MAX)
 
 __all__ = ["Cut", "Removal", "Seal", "SegmentRecord", "Superblock", "SuperblockFile", "read_superblock"]
 
@@ -45,6 +48,11 @@ class SegmentRecord:
     @property
     def next_base_lsn(self) -> int:
         return self.base_lsn + self.capacity
+
+    @property
+    def file_bytes(self) -> int:
+        """With the header page. A file that is longer has grown by what is not ours."""
+        return fmt.PAGE_BYTES + self.capacity
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,10 +139,18 @@ class Superblock:
     @property
     def encoded_bytes(self) -> int:
         """How many bytes encode() gives."""
-        lists = len(self.segments) * fmt.SUPERBLOCK_SEGMENT.itemsize
-        lists += len(self.removals) * fmt.SUPERBLOCK_REMOVAL.itemsize
-        lists += len(self.cuts) * fmt.SUPERBLOCK_CUT.itemsize
-        return fmt.SUPERBLOCK_HEAD.itemsize + lists + 4
+        lists = (self.segments, self.removals, self.cuts)
+        rows = (len(n) * row.itemsize for n, (_, row) in zip(lists, fmt.SUPERBLOCK_LISTS, strict=True))
+        return fmt.SUPERBLOCK_HEAD.itemsize + sum(rows) + 4
+
+    def checked(self) -> Superblock:
+        """Itself, when it will be read again. ExhaustedError names what has counted beyond its end;
+        JournalError for anything else that decode() would refuse."""
+        for used_up in _used_up(self):
+            raise ExhaustedError(f"the journal cannot go on: {used_up}")
+        for wrong in _contradictions(self):
+            raise JournalError(f"the superblock would contradict itself: {wrong}")
+        return self
 
     def encode(self) -> bytes:
         head: Any = np.zeros((), fmt.SUPERBLOCK_HEAD)
@@ -179,12 +195,7 @@ class Superblock:
             raise IncompatibleFormatError(
                 f"format version {head['version']}; this mmapwal reads version {fmt.FORMAT_VERSION}"
             )
-        segment_count, removal_count = int(head["segment_count"]), int(head["removal_count"])
-        at = fmt.SUPERBLOCK_HEAD.itemsize
-        removals_at = at + segment_count * fmt.SUPERBLOCK_SEGMENT.itemsize
-        cut_count = int(head["cut_count"])
-        cuts_at = removals_at + removal_count * fmt.SUPERBLOCK_REMOVAL.itemsize
-        end = cuts_at + cut_count * fmt.SUPERBLOCK_CUT.itemsize
+        *places, end = fmt.superblock_places(head)
         if int(head["bytes"]) != end + 4 or end + 4 > len(data):
             raise ValueError("its length does not fit its contents")
         if struct.unpack_from("<I", data, end)[0] != fmt.crc32c(data[:end]):
@@ -192,12 +203,12 @@ class Superblock:
         flags = int(head["flags"])
         if flags & ~(fmt.SUPERBLOCK_SEALED | fmt.SUPERBLOCK_PAIRED):
             raise ValueError(f"it has flags that nobody sets: {flags:#x}")
-        counts = removal_count, cut_count, int(head["user_bytes"])
-        if any(n > most for n, most in zip(counts, _COUNTS_MAX, strict=True)):
-            raise ValueError("it has {} removals, {} cuts and {} bytes of user data".format(*counts))
-        segments = np.frombuffer(data, fmt.SUPERBLOCK_SEGMENT, segment_count, at)
-        removals = np.frombuffer(data, fmt.SUPERBLOCK_REMOVAL, removal_count, removals_at)
-        cuts = np.frombuffer(data, fmt.SUPERBLOCK_CUT, cut_count, cuts_at)
+        if int(head["user_bytes"]) > fmt.USER_DATA_BYTES_MAX:
+            raise ValueError(f"it has {head['user_bytes']} bytes of user data")
+        segments, removals, cuts = (
+            np.frombuffer(data, row, int(head[count]), at).tolist()
+            for at, (count, row) in zip(places, fmt.SUPERBLOCK_LISTS, strict=True)
+        )
         superblock = cls(
             uuid=bytes(head["uuid"]),
             slot_count=int(head["slot_count"]),
@@ -214,10 +225,10 @@ class Superblock:
             else None,
             segments=tuple(
                 SegmentRecord(id, base, capacity, generation, end)
-                for id, base, capacity, end, generation, _ in segments.tolist()
+                for id, base, capacity, end, generation, _ in segments
             ),
-            removals=tuple(Removal(*row) for row in removals.tolist()),
-            cuts=tuple(Cut(*row) for row in cuts.tolist()),
+            removals=tuple(Removal(*row) for row in removals),
+            cuts=tuple(Cut(*row) for row in cuts),
             user_data=bytes(head["user"])[: int(head["user_bytes"])],
         )
         wrong = next(_contradictions(superblock), None)
@@ -228,7 +239,10 @@ class Superblock:
 
 def _contradictions(s: Superblock) -> Iterator[str]:
     """What no journal writes, though the checksum is right: sizes, places and counts are bounded here, before
-    anything is allocated, mapped or added up by them."""
+    anything is allocated, mapped or added up by them. Asked before a write too: what is written is read."""
+    yield from _used_up(s)
+    if len(s.removals) > fmt.REMOVALS_MAX or len(s.cuts) > fmt.CUTS_MAX:
+        yield f"{len(s.removals)} removals, {len(s.cuts)} cuts"
     if not 1 <= s.slot_count <= fmt.SLOTS_MAX:
         yield f"{s.slot_count} slots"
     sized = fmt.SEGMENT_BYTES_MIN <= s.segment_bytes <= fmt.SEGMENT_BYTES_MAX
@@ -236,12 +250,12 @@ def _contradictions(s: Superblock) -> Iterator[str]:
         yield f"segments of {s.segment_bytes} bytes"
     if s.align_bytes not in fmt.ALIGN_CHOICES:
         yield f"commits aligned to {s.align_bytes} bytes"
-    if not 1 <= s.epoch < _U32_MAX or s.sequence >= fmt.LSN_MAX or s.next_segment_id >= fmt.LSN_MAX:
-        yield f"epoch {s.epoch}, sequence {s.sequence}, next segment {s.next_segment_id}"
+    if s.epoch < 1:
+        yield f"epoch {s.epoch}"
     if s.watermark > fmt.OP_MAX or (s.pairing is not None and s.pairing[0] > s.watermark):
         yield f"watermark {s.watermark}, paired with {s.pairing}"
     yield from _misplaced(s)
-    if not fmt.FIRST_LSN <= s.epoch_start_lsn <= s.next_base_lsn <= fmt.LSN_MAX:
+    if not fmt.FIRST_LSN <= s.epoch_start_lsn <= s.next_base_lsn:
         yield f"the epoch starts at LSN {s.epoch_start_lsn}, the segments end at {s.next_base_lsn}"
     for r in s.removals:
         if not 1 <= r.first <= r.last <= fmt.OP_MAX or r.below_lsn > s.next_base_lsn:
@@ -258,6 +272,20 @@ def _contradictions(s: Superblock) -> Iterator[str]:
             yield f"{s.seal}"
 
 
+def _used_up(s: Superblock) -> Iterator[str]:
+    """What only grows, and has come to its end."""
+    for name, number, most in (
+        ("epoch", s.epoch, fmt.EPOCH_MAX),
+        ("sequence", s.sequence, fmt.SEQUENCE_MAX),
+        ("next segment", s.next_segment_id, fmt.SEGMENT_ID_MAX),
+        ("generation", max((r.generation for r in s.segments), default=0), fmt.GENERATION_MAX),
+        ("LSN", s.next_base_lsn, fmt.LSN_MAX),
+        ("number of segments", len(s.segments), fmt.SEGMENTS_MAX),
+    ):
+        if number > most:
+            yield f"{name} {number}, and {most} is the last"
+
+
 def _misplaced(s: Superblock) -> Iterator[str]:
     """Segments that are no segments, or not in order one behind the other."""
     end, last_id = fmt.FIRST_LSN, 0
@@ -265,7 +293,7 @@ def _misplaced(s: Superblock) -> Iterator[str]:
         sized = 0 < r.capacity <= fmt.CAPACITY_MAX and r.capacity % fmt.PAGE_BYTES == 0
         placed = r.base_lsn >= end and r.base_lsn % 8 == 0 and last_id < r.id < s.next_segment_id
         ended = r.end_lsn == 0 or r.base_lsn < r.end_lsn <= r.next_base_lsn
-        if not (sized and placed and ended and r.generation < _U32_MAX):
+        if not (sized and placed and ended):
             yield f"{r}"
         end, last_id = r.next_base_lsn, r.id
 
@@ -308,13 +336,17 @@ class SuperblockFile:
         self.current = current
         self.in_doubt = False  # nobody knows which one is in force
 
+    def next(self, new: Superblock) -> Superblock:
+        """What commit() would write. ExhaustedError or JournalError: a read would refuse it."""
+        return replace(new, sequence=self.current.sequence + 1).checked()
+
     def commit(self, new: Superblock) -> None:
         """Makes `new`, with the next sequence, the one in force; durable at return. Blocks.
 
-        OSError: nothing has happened. PoisonedError: it may be in force or not. The same holds for
-        any exception, KeyboardInterrupt too.
+        OSError, or what next() raises: nothing has happened. PoisonedError: it may be in force or not. The
+        same holds for any exception, KeyboardInterrupt too.
         """
-        new = replace(new, sequence=self.current.sequence + 1)
+        new = self.next(new)
         self._write_spare(new)
         stage = "the superblock's rename"
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -9,18 +10,21 @@ from typing import Any, Protocol
 from mmapwal import format as fmt
 from mmapwal._native import ffi, lib
 from mmapwal.engine import Engine
-from mmapwal.errors import CorruptionError
+from mmapwal.errors import ClosedError, CorruptionError, JournalError
 from mmapwal.index import rebuilt_slots
 from mmapwal.recovery import STOP_REASONS, removal_rows
-from mmapwal.segment import native_scan, scan_fields
-from mmapwal.superblock import SegmentRecord, Superblock
+from mmapwal.segment import Segment, native_scan, scan_fields
+from mmapwal.superblock import SegmentRecord, Superblock, read_superblock
 
 __all__ = [
-    "Damage", "Framed", "Problem", "VerifyReport", "damages", "index_problems", "scan_segment",
-    "stop_problem", "summary_problems", "verify_open",
+    "Damage", "Framed", "Problem", "VerifyReport", "damages", "file_problem", "index_problems",
+    "scan_segment", "stop_problem", "summary_problems", "verify_open",
 ]  # fmt: skip
 
 Progress = Callable[[int, int], None]
+
+READ_STEP_BYTES = 64 * fmt.PAGE_BYTES  # stays in the processor's cache
+UNREADABLE = "the disk fails to read it from here on, and nothing of this segment was checked"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,26 +101,67 @@ class Damages:
     frames: int = 0
     entries: int = 0
     scanned_bytes: int = 0
+    last_epoch: int = 0  # of a good frame; 0: there is none
 
     @property
     def problems(self) -> list[Problem]:
         return [damage.problem for damage in self.found]
 
 
+def file_problem(segment: Segment) -> Problem | None:
+    """What keeps the frames of a segment, as it is under its name, from being checked: it is missing or cut,
+    its header is wrong, or the disk fails to read it, and from which page on. The segment has not been opened
+    before. Maps it, and has all of it read. OSError when it cannot be opened."""
+    record = segment.record
+    try:
+        segment.check()
+        view = segment.view
+    except CorruptionError as e:
+        return Problem.of(e)
+    except ClosedError:  # meanwhile
+        raise
+    except JournalError as e:
+        return Problem(record.name, 0, record.base_lsn, None, str(e))
+    except OSError as e:
+        if e.errno != errno.EIO:
+            raise
+        return Problem(record.name, 0, record.base_lsn, None, UNREADABLE)
+    offset = _unreadable_at(segment.frames - fmt.PAGE_BYTES, len(view))
+    if offset is None:
+        return None
+    return Problem(record.name, offset, record.base_lsn + max(0, offset - fmt.PAGE_BYTES), None, UNREADABLE)
+
+
+def _unreadable_at(address: Any, length: int) -> int | None:
+    """The first page of a mapping that the disk fails to bring."""
+    if lib.mw_populate(ffi.cast("void *", address), length, 0) == 0:
+        return None
+    scratch = ffi.new("uint8_t[]", READ_STEP_BYTES)
+
+    def fails(offset: int, step: int) -> bool:
+        return int(lib.mw_copy_guarded(scratch, address + offset, min(step, length - offset))) < 0
+
+    for start in range(0, length, READ_STEP_BYTES):
+        if fails(start, READ_STEP_BYTES):
+            pages = range(start, length, fmt.PAGE_BYTES)
+            return next((offset for offset in pages if fails(offset, fmt.PAGE_BYTES)), start)
+    return None
+
+
 def damages(segment: Framed, superblock: Superblock, *, limit_lsn: int, slots: Any = None) -> Damages:
     """All that is wrong in a segment below a limit, or before its END. Behind each bad frame it goes on at
     the next good one. Fills `slots` when given. OSError when the disk fails."""
     record, checked = segment.record, Damages([])
-    lsn, link, epoch = record.base_lsn, segment.salt, 0
+    lsn, link = record.base_lsn, segment.salt
     while lsn < limit_lsn:
         scan = scan_segment(segment, superblock, limit_lsn=limit_lsn, slots=slots, lsn=lsn, link=link)
         checked.frames += int(scan.frame_count)
         checked.entries += int(scan.entry_count)
         checked.scanned_bytes += int(scan.lsn) - lsn
+        checked.last_epoch = int(scan.last_epoch) or checked.last_epoch
         if scan.stop in {lib.MW_STOP_LIMIT, lib.MW_STOP_END}:
             break
         problem, stop, before = stop_problem(segment, scan), int(scan.stop), int(scan.link)
-        epoch = int(scan.last_epoch) or epoch
         if stop != lib.MW_STOP_LINK:  # then this frame is good, and the one before it is not
             scan.lsn += fmt.ALIGN_BYTES
         more = lib.mw_seek(scan)
@@ -124,7 +169,8 @@ def damages(segment: Framed, superblock: Superblock, *, limit_lsn: int, slots: A
             raise OSError(-more, "reading the segment failed", record.name)
         lsn, link = int(scan.lsn) if more else min(limit_lsn, record.next_base_lsn), int(scan.link)
         problem = replace(problem, length=lsn - problem.lsn)
-        checked.found.append(Damage(problem, stop, problem.lsn, lsn, before, epoch, link if more else None))
+        after = link if more else None
+        checked.found.append(Damage(problem, stop, problem.lsn, lsn, before, checked.last_epoch, after))
         if not more:
             break
     return checked
@@ -183,28 +229,26 @@ def summary_problems(slots: Any, told: tuple[int, int, int]) -> list[Problem]:
 
 
 def verify_open(engine: Engine, progress: Progress | None = None) -> VerifyReport:
-    """Checks the durable part of an open journal, while it goes on; the index too when nothing was
-    removed meanwhile. OSError when the disk fails."""
+    """Checks the superblock, and the durable part of an open journal, while it goes on; the index too when
+    nothing was removed meanwhile. OSError when a file cannot be opened, or the superblock not be read."""
     with engine.structure:  # one moment: no removal between the three
         superblock, state, table = engine.superblock, engine.state(), engine.segments.table
+        problems = _superblock_problems(engine)
     slots = rebuilt_slots(superblock.slot_count)
     frames = entries = scanned = done = 0
-    problems: list[Problem] = []
     total = sum(s.record.capacity for s in table.segments)
-    for segment in table.segments:
-        if segment.record.base_lsn >= state.durable_lsn:
-            continue
-        try:
+    for used in table.segments:
+        segment = Segment(engine.directory, superblock.uuid, used.record)  # as the next open will find it
+        problem = file_problem(segment)
+        if problem is None:
             found = damages(segment, superblock, limit_lsn=int(state.durable_lsn), slots=slots)
-        except CorruptionError:
-            if segment in engine.segments.table.segments:
-                raise
-            continue  # compacted away before it was mapped
-        frames += found.frames
-        entries += found.entries
-        scanned += found.scanned_bytes
-        problems += found.problems
-        done += segment.record.capacity
+            frames += found.frames
+            entries += found.entries
+            scanned += found.scanned_bytes
+            problems += found.problems
+        elif used in engine.segments.table.segments:  # else it was compacted away before it was opened
+            problems.append(problem)
+        done += used.record.capacity
         if progress is not None:
             progress(done, total)
     if not problems:
@@ -215,6 +259,18 @@ def verify_open(engine: Engine, progress: Progress | None = None) -> VerifyRepor
         if not _removed_since(superblock, int(state.durable_lsn), engine.superblock):
             problems += wrong
     return VerifyReport(frames, entries, scanned, tuple(problems))
+
+
+def _superblock_problems(engine: Engine) -> list[Problem]:
+    """Of the file, which nobody writes meanwhile."""
+    try:
+        found = read_superblock(engine.directory)
+    except CorruptionError as e:
+        return [Problem.of(e)]
+    if found == engine.superblock:
+        return []
+    reason = "it is gone" if found is None else "it is not the one that this journal wrote last"
+    return [Problem(fmt.SUPERBLOCK_NAME, 0, 0, None, reason)]
 
 
 def _removed_since(before: Superblock, durable_lsn: int, now: Superblock) -> bool:

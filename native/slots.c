@@ -143,6 +143,14 @@ static uint32_t progress_check(const struct mw_index_header *page, const struct 
     return mw_crc32c(page->salt, p, offsetof(struct mw_progress, check));
 }
 
+/* Others look meanwhile, so a word at a time; of what they see half done the check is wrong. */
+static void copy_progress(struct mw_progress *to, const struct mw_progress *from) {
+    typedef uint64_t __attribute__((may_alias)) word;
+    word *t = (word *)to;
+    const word *f = (const word *)from;
+    for (size_t i = 0; i < sizeof *to / sizeof *t; i++) STORE(t[i], LOAD(f[i]));
+}
+
 void mw_progress_store(struct mw_index_header *page, uint64_t written_lsn, uint64_t durable_lsn,
                        uint64_t watermark) {
     uint32_t sequence = page->wake + 1;
@@ -150,7 +158,7 @@ void mw_progress_store(struct mw_index_header *page, uint64_t written_lsn, uint6
     struct mw_progress p = {written_lsn, durable_lsn, watermark, sequence, 0};
     p.check = progress_check(page, &p);
     __atomic_thread_fence(__ATOMIC_RELEASE);
-    memcpy(to, &p, sizeof p);
+    copy_progress(to, &p);
     mw_followers_wake(page, sequence);
 }
 
@@ -159,21 +167,34 @@ struct progress {
     struct mw_progress *out;
 };
 
-static int read_progress(void *arg) {
-    struct progress *r = arg;
+static int read_both(struct progress *r) {
     int found = 0;
     for (int i = 0; i < 2; i++) {
         struct mw_progress p;
-        memcpy(&p, &r->page->progress[i], sizeof p);
+        copy_progress(&p, &r->page->progress[i]);
         if (p.check != progress_check(r->page, &p) || p.durable_lsn > p.written_lsn) continue;
         if (!found || (int32_t)(p.sequence - r->out->sequence) > 0) *r->out = p;
         found = 1;
     }
-    return found ? 0 : MW_E_MISSING;
+    return found;
 }
 
-/* The newer of the two: the other may be of a life before, of which the end was lost. MW_E_MISSING when neither
- * verifies. */
+/* Publications may come between the looks at the two: the one is of before them, the other half done. Then what is
+ * found is older than the word says behind the look, and the word is another one than before it. */
+static int read_progress(void *arg) {
+    struct progress *r = arg;
+    for (;;) {
+        uint32_t before = __atomic_load_n(&r->page->wake, __ATOMIC_ACQUIRE);
+        int found = read_both(r);
+        __atomic_thread_fence(__ATOMIC_ACQUIRE);
+        uint32_t behind = LOAD(r->page->wake);
+        if (found && (int32_t)(r->out->sequence - behind) >= 0) return 0;
+        if (behind == before) return found ? 0 : MW_E_MISSING; /* what a crash has left */
+    }
+}
+
+/* The newer of the two, no older than any that this process was told of: the other may be of a life before, of which
+ * the end was lost. MW_E_MISSING when neither verifies. */
 int mw_progress_read(const struct mw_index_header *page, struct mw_progress *out) {
     struct progress r = {page, out};
     return mw_guarded(read_progress, &r);

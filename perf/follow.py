@@ -1,9 +1,10 @@
 """What following costs, and how soon one sees: readers in other processes, durable entries of 256 bytes.
 
 How soon: from the return of an append to the moment at which the loop of a reader has the entry. What it
-costs the writer: its durable appends with readers that follow, against none, taken in turn; and, as a measure
-of what any work beside it costs, with a process that does nothing but give its processor back (sched_yield).
-Catching up: follow() over what is there, against entries() over the same.
+costs the writer: its durable appends with readers that follow, against none, in short turns, so that what
+the disk does meanwhile falls on both; and, as a measure of what any work beside it costs, with a process that
+only gives its processor back (sched_yield). Catching up: follow() over what is there, against entries() over
+the same.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import multiprocessing as mp
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,6 @@ from common import (
     make_room,
     options,
     random_bytes,
-    rates,
     ratios,
     time_each,
     workspace,
@@ -39,88 +40,93 @@ from common import (
 from mmapwal import Journal
 
 READERS = (0, 1, 4, 16)
+YIELDS = "yields"
+TURN = 150  # appends: the disk is about the same all the time that one round of turns takes
+TURNS = 10  # of each contender in a round
+SETTLE_S = 0.002  # who was told to begin has begun
 LATENCY_US = 30.0
 UNDISTURBED = 0.95
 CATCH_UP = 1.0
 
+Pipe = Any  # multiprocessing's Connection: between processes that are spawned
 
-def _follow(path: str, first: int, ready: Any, stop: Any, results: Any) -> None:
-    """A reader's process: when it saw each entry."""
+
+def _follow(pipe: Pipe, path: str) -> None:
+    """A reader's process: when it saw each of so many entries from an op on. Between two turns it sleeps."""
     clock = time.perf_counter_ns
     with Journal(path, readonly=True) as journal:
-        entries = journal.follow(first, timeout=0.2)
-        seen: list[int] = []
-        ready.release()
-        while not stop.is_set():
-            for _ in entries:
-                seen.append(clock())
-        for _ in entries:
-            seen.append(clock())
-        results.put(seen)
+        pipe.send(None)
+        for first, count in iter(pipe.recv, None):
+            pipe.send(None)
+            pipe.send([clock() for _ in islice(journal.follow(first), count)])
 
 
-def _idle(ready: Any, stop: Any) -> None:
-    """A process that does nothing, but does not sleep."""
-    ready.release()
-    while not stop.is_set():
-        os.sched_yield()
+def _yield(pipe: Pipe, _path: str) -> None:
+    """A process that does nothing, but does not sleep while it is its turn."""
+    pipe.send(None)
+    for _ in iter(pipe.recv, None):
+        pipe.send(None)
+        while not pipe.poll():
+            for _ in range(64):
+                os.sched_yield()
+        pipe.recv()
 
 
 @contextmanager
-def followers(path: Path, journal: Journal, count: int) -> Iterator[list[list[int]]]:
-    """So many readers in processes of their own; behind the block, when each saw what was appended in it."""
+def processes(work: Callable[[Pipe, str], None], path: Path, count: int) -> Iterator[list[Pipe]]:
+    """So many that wait for their turn; None ends them."""
     spawn = mp.get_context("spawn")
-    ready, stop, results = spawn.Semaphore(0), spawn.Event(), spawn.Queue()
-    first = (journal.last_op or 0) + 1
-    args = (str(path), first, ready, stop, results)
-    processes = [spawn.Process(target=_follow, args=args, daemon=True) for _ in range(count)]
-    for process in processes:
+    ends = [spawn.Pipe() for _ in range(count)]
+    started = [spawn.Process(target=work, args=(theirs, str(path)), daemon=True) for _, theirs in ends]
+    for process in started:
         process.start()
-    for _ in processes:
-        ready.acquire()
-    seen: list[list[int]] = []
-    try:
-        yield seen
-    finally:
-        stop.set()
-        seen.extend(results.get() for _ in processes)
-        for process in processes:
-            process.join()
+    pipes = [ours for ours, _ in ends]
+    for pipe in pipes:
+        pipe.recv()
+    yield pipes
+    for pipe, process in zip(pipes, started, strict=True):
+        pipe.send(None)
+        process.join()
 
 
-def latency(path: Path, journal: Journal, count: int) -> list[float]:
+def begin(pipes: Sequence[Pipe], turn: object) -> None:
+    for pipe in pipes:
+        pipe.send(turn)
+    for pipe in pipes:
+        pipe.recv()
+    time.sleep(SETTLE_S)
+
+
+def latency(journal: Journal, reader: Pipe, count: int) -> list[float]:
     """Microseconds from the return of each append to its sight, one reader; it sleeps in between."""
     make_room(journal, count)
     payload = random_bytes(PAYLOAD_BYTES)
     clock, returned = time.perf_counter_ns, [0] * count
-    with followers(path, journal, 1) as seen:
-        for i in range(count):
-            journal.append(payload)
-            returned[i] = clock()
-            time.sleep(0.0005)
-    return [(saw - back) / 1000 for saw, back in zip(seen[0], returned, strict=True)]
+    begin([reader], ((journal.last_op or 0) + 1, count))
+    for i in range(count):
+        journal.append(payload)
+        returned[i] = clock()
+        time.sleep(0.0005)
+    return [(saw - back) / 1000 for saw, back in zip(reader.recv(), returned, strict=True)]
 
 
-def appends(path: Path, journal: Journal, readers: int, count: int) -> Any:
-    make_room(journal, count)
-    with followers(path, journal, readers) as seen:
-        timing = time_each(journal.append, random_bytes(PAYLOAD_BYTES), count)
-    if any(len(times) != count for times in seen):
-        raise RuntimeError(f"{count} appended, {[len(times) for times in seen]} followed")
-    return timing
+def appends(journal: Journal, readers: Sequence[Pipe]) -> float:
+    """Appends a second of one turn."""
+    make_room(journal, TURN)
+    begin(readers, ((journal.last_op or 0) + 1, TURN))
+    rate = time_each(journal.append, random_bytes(PAYLOAD_BYTES), TURN).rate
+    if any(len(reader.recv()) != TURN for reader in readers):
+        raise RuntimeError("a reader has not seen all")
+    return rate
 
 
-def appends_beside_one_that_yields(journal: Journal, count: int) -> Any:
-    make_room(journal, count)
-    spawn = mp.get_context("spawn")
-    ready, stop = spawn.Semaphore(0), spawn.Event()
-    process = spawn.Process(target=_idle, args=(ready, stop), daemon=True)
-    process.start()
-    ready.acquire()
-    timing = time_each(journal.append, random_bytes(PAYLOAD_BYTES), count)
-    stop.set()
-    process.join()
-    return timing
+def appends_beside(journal: Journal, busy: Sequence[Pipe]) -> float:
+    make_room(journal, TURN)
+    begin(busy, True)
+    rate = time_each(journal.append, random_bytes(PAYLOAD_BYTES), TURN).rate
+    for pipe in busy:
+        pipe.send(False)
+    return rate
 
 
 def walk(entries: Any) -> float:
@@ -132,12 +138,13 @@ def walk(entries: Any) -> float:
 
 def measure(report: Report, folder: Path, rounds: int, scale: int) -> None:
     with ExitStack() as stack:
-        path = folder / "journal"
-        journal = stack.enter_context(Journal(path, slots=1 << 18))
-        lags = [latency(path, journal, 200 * scale) for _ in range(max(3, rounds // 2))]
-        contenders = {str(n): partial(appends, path, journal, n, 300 * scale) for n in READERS}
-        contenders["yields"] = partial(appends_beside_one_that_yields, journal, 300 * scale)
-        timings = interleave(contenders, rounds)
+        journal = stack.enter_context(Journal(folder / "journal", slots=1 << 18))
+        readers = stack.enter_context(processes(_follow, folder / "journal", max(READERS)))
+        busy = stack.enter_context(processes(_yield, folder / "journal", 1))
+        lags = [latency(journal, readers[0], 200 * scale) for _ in range(max(3, rounds // 2))]
+        contenders = {str(n): partial(appends, journal, readers[:n]) for n in READERS}
+        contenders[YIELDS] = partial(appends_beside, journal, busy)
+        turns = interleave(contenders, rounds * TURNS)
         there = stack.enter_context(Journal(folder / "there", slots=1 << 18))
         fill(there, 50_000 * scale)
         reader = stack.enter_context(Journal(folder / "there", readonly=True))
@@ -150,13 +157,8 @@ def measure(report: Report, folder: Path, rounds: int, scale: int) -> None:
     report.add("seen behind the append", medians, "us", target=LATENCY_US, at_least=False)
     for n in READERS[1:]:
         name = f"appends with {n} who follow{'s' if n == 1 else ''} / none"
-        report.add(
-            name,
-            ratios(rates(timings[str(n)]), rates(timings[str(READERS[0])])),
-            target=UNDISTURBED if n == 1 else None,
-        )
-    beside = ratios(rates(timings["yields"]), rates(timings[str(READERS[0])]))
-    report.add("appends beside one that only yields / none", beside)
+        report.add(name, ratios(turns[str(n)], turns["0"]), target=UNDISTURBED if n == 1 else None)
+    report.add("appends beside one that only yields / none", ratios(turns[YIELDS], turns["0"]))
     report.add("catching up / entries()", ratios(speeds["follow()"], speeds["entries()"]), target=CATCH_UP)
     alone = [float(np.percentile(lag, 99)) for lag in lags]
     report.add("seen behind the append, p99", alone, "us", at_least=False)

@@ -2,8 +2,9 @@
 
 Against the journal with one thread, against the raw C loop that writes one at a time, and against a plain
 leader with followers in C with as many threads, in C and called from Python. Then with one more thread that
-keeps the interpreter busy: against the same journal whose leader goes back to Python for its write, and
-against a sleep, which needs the interpreter once a call too.
+keeps the interpreter busy: against the same journal whose leader goes back to Python for its write. What
+others make of one turn of the interpreter a call is beside it: that plain group commit, a sleep, and the
+journal when its caller does not let go of the interpreter at once.
 """
 
 from __future__ import annotations
@@ -44,9 +45,15 @@ from mmapwal import Journal, Storage, SyncMethod, SystemDirectory
 
 THREADS = (1, 2, 4, 8, 16)
 RAW, SQLITE = "raw C, one at a time", "sqlite3, one thread"
-BUSY = (8, 16)  # threads, beside one that burns the interpreter
-FROM_PYTHON = (8, 16)
+FROM_PYTHON = (8, 16)  # threads that call the plain group commit
+BUSY = FROM_PYTHON  # beside one more that burns the interpreter
+BUSY_CALLS = {
+    "group": "of the same group commit",
+    "sleep": "that sleep",
+    "held": "that hold on to it for 100 µs",
+}
 SLEEP_S = 100e-6  # as long as a commit
+HOLD_NS = 100_000  # longer than the busy thread takes to wake up and to queue behind the others
 # against one thread of its own; against the plain group commit in C; against sqlite3
 TARGETS: dict[int, tuple[float | None, float | None, float | None]] = {
     1: (None, None, None),
@@ -137,6 +144,15 @@ def asleep(_: bytes) -> None:
     time.sleep(SLEEP_S)
 
 
+def held(append: Callable[[bytes], object], payload: bytes) -> None:
+    """The busy thread wakes up meanwhile, finds the interpreter taken, and queues. Else it takes it back
+    as soon as it is free: before the next one in the queue is awake."""
+    append(payload)
+    until = time.perf_counter_ns() + HOLD_NS
+    while time.perf_counter_ns() < until:
+        pass
+
+
 def measure(folder: Path, rounds: int, count: int) -> dict[str, list[Timing]]:
     payload = random_bytes(PAYLOAD_BYTES)
     frame = random_bytes(frame_bytes(PAYLOAD_BYTES))
@@ -149,9 +165,9 @@ def measure(folder: Path, rounds: int, count: int) -> dict[str, list[Timing]]:
         for n in THREADS:
             contenders[f"journal {n}"] = partial(thread_round, journal.append, payload, n, count)
             contenders[f"group {n}"] = partial(group.run_group, frame, n, count)
+        called = {n: stack.enter_context(group.group(frame, n)) for n in FROM_PYTHON}
         for n in FROM_PYTHON:
-            called = stack.enter_context(group.group(frame, n))
-            contenders[f"group from Python {n}"] = partial(thread_round, called, payload, n, count)
+            contenders[f"group from Python {n}"] = partial(thread_round, called[n], payload, n, count)
         contenders[SQLITE] = partial(time_each, sqlite.append, payload, count)
         storage = PythonDirectory(folder / "python")
         python = stack.enter_context(Journal(folder / "python", slots=1 << 20, storage=storage))
@@ -159,7 +175,9 @@ def measure(folder: Path, rounds: int, count: int) -> dict[str, list[Timing]]:
         for n in BUSY:
             contenders[f"busy {n}"] = partial(busy_round, journal.append, payload, n, few)
             contenders[f"busy python {n}"] = partial(busy_round, python.append, payload, n, few)
+            contenders[f"busy group {n}"] = partial(busy_round, called[n], payload, n, few)
             contenders[f"busy sleep {n}"] = partial(busy_round, asleep, payload, n, few)
+            contenders[f"busy held {n}"] = partial(busy_round, partial(held, journal.append), payload, n, few)
         return interleave(contenders, rounds)
 
 
@@ -203,8 +221,9 @@ def main() -> int:
     for n in BUSY:
         name = f"{n} threads and a busy interpreter / the same led from Python"
         report.add(name, ratios(rate[f"busy {n}"], rate[f"busy python {n}"]), target=2.5)
-        name = f"calibration: {n} threads that sleep and a busy interpreter / led from Python"
-        report.add(name, ratios(rate[f"busy sleep {n}"], rate[f"busy python {n}"]))
+        for kind, what in BUSY_CALLS.items():
+            name = f"calibration: {n} threads {what} and a busy interpreter / led from Python"
+            report.add(name, ratios(rate[f"busy {kind} {n}"], rate[f"busy python {n}"]))
     report.add_latencies("entries a second, and microseconds a call:", results)
     return finish(report, args, picture)
 

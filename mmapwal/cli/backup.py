@@ -10,7 +10,7 @@ from typing import Any
 from mmapwal import BackupReport, LockedError, SystemDirectory
 from mmapwal.backup import backup_in_use
 from mmapwal.cli import output
-from mmapwal.cli.opening import open_journal
+from mmapwal.cli.looking import look_into
 
 
 def add(commands: Any) -> None:
@@ -19,7 +19,8 @@ def add(commands: Any) -> None:
         help="copy a journal, also one that is in use",
         description="Copies all that is durable, and the paired snapshot, to a directory that opens by "
         "itself. A journal that another process writes is copied beside it; any other one is opened, and "
-        "recovered, first. A directory that has an earlier backup takes what is new.",
+        "recovered, in memory first: none of its files is changed. A directory that has an earlier backup "
+        "takes what is new, unless it was opened since to write: stat, dump, tail and verify only look.",
     )
     parser.add_argument("directory", metavar="DIR", type=Path, help="the journal's folder")
     parser.add_argument("destination", metavar="DESTINATION", type=Path, help="made if missing")
@@ -46,8 +47,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _back_up(path: Path, destination: Path, progress: output.Progress) -> BackupReport:
     try:
-        with open_journal(path, create=False) as journal:
+        with look_into(path) as journal:
             return journal.backup(destination, progress)
     except LockedError:
         with SystemDirectory(path, create=False) as source:
-            return backup_in_use(source, SystemDirectory(destination), progress)
+            return backup_in_use(source, destination, progress)

@@ -11,7 +11,8 @@ from typing import Any
 
 from mmapwal import Entry
 from mmapwal.cli import output
-from mmapwal.cli.opening import CannotRunError, integer, open_journal
+from mmapwal.cli.looking import look_into
+from mmapwal.cli.opening import CannotRunError, integer
 from mmapwal.format import OP_MAX
 
 
@@ -20,7 +21,8 @@ def add(commands: Any) -> None:
         "dump",
         help="print the live entries",
         description="Prints op, kind, time, length and the start of the payload of each live entry, by "
-        "op. Refuses while another process writes the journal; one that was not closed is recovered.",
+        "op. One that was not closed is recovered, in memory: no file is changed. Refuses while another "
+        "process writes the journal (tail does not); none can meanwhile.",
     )
     parser.add_argument("directory", metavar="DIR", type=Path, help="the journal's folder")
     parser.add_argument("--first", metavar="OP", type=integer(1, OP_MAX), help="from this op on")
@@ -44,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     if args.first is not None and args.last is not None and args.first > args.last:
         raise CannotRunError(f"--first {args.first} is above --last {args.last}")
     show = form_of(args)
-    with open_journal(args.directory, create=False) as journal:
+    with look_into(args.directory) as journal:
         for entry in journal.entries(args.first, args.last):
             show(entry)
     return 0

@@ -16,10 +16,12 @@ def add(commands: Any) -> None:
         "repair",
         help="leave out what is damaged",
         description="Makes a journal that refuses to open for damage open again: what verifies stays, what "
-        "does not is left out, and nothing else. The damaged files are copied aside first, as .broken. A "
-        "backup, where there is one, may have what is left out here. Exit code 0 when nothing was wrong or "
-        "all was repaired; with --dry-run 1 when something would be left out; 2 when it cannot be done, "
-        "or not all: nothing mends the snapshot.",
+        "does not is left out, and nothing else but older entries of an op that is left out. The files that "
+        "change are copied aside first, as .broken. A backup, where there is one, may have what is left out "
+        "here. Exit code 0 when nothing was wrong or all was repaired; with --dry-run 1 when something would "
+        "be left out; 2 when it cannot be done, or not all: nothing mends the snapshot. Where the disk fails "
+        "to read it is not done: the file and the byte are told; copy the files to another disk first (as "
+        "ddrescue does), and repair the copy.",
     )
     parser.add_argument("directory", metavar="DIR", type=Path, help="the journal's folder")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be left out")
@@ -56,6 +58,6 @@ def _tell(report: Any, *, dry_run: bool) -> None:
         output.line(output.problem_text(dropped))
     length = output.bytes_text(sum(d.length for d in report.dropped))
     verb = "would be left out" if dry_run else "left out"
-    output.line(f"{len(report.dropped)} damaged place(s) {verb}: {length}")
+    output.line(f"{len(report.dropped)} place(s) {verb}: {length}")
     for name in report.broken:
         output.line(f"kept: {name}")

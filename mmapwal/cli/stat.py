@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from mmapwal.cli import output
-from mmapwal.cli.opening import open_journal
+from mmapwal.cli.looking import look_into
 
 
 def add(commands: Any) -> None:
     parser = commands.add_parser(
         "stat",
         help="show what a journal holds",
-        description="Shows the journal's counters, and what opening it found and did. Refuses while "
-        "another process writes the journal; one that was not closed is recovered.",
+        description="Shows the journal's counters, and what opening it finds and does: in memory, "
+        "no file is changed. Refuses while another process writes the journal; none can meanwhile.",
     )
     parser.add_argument("directory", metavar="DIR", type=Path, help="the journal's folder")
     parser.add_argument("--json", action="store_true", help="one object: journal, stats, report")
@@ -25,7 +25,7 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    with open_journal(args.directory, create=False) as journal:
+    with look_into(args.directory) as journal:
         facts: dict[str, Any] = {
             "path": str(journal.path),
             "uuid": journal.uuid.hex(),

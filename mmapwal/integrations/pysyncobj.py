@@ -12,418 +12,26 @@ of entries share a sync; term and vote are durable before any message that depen
 
 from __future__ import annotations
 
-import hashlib
-import logging
-import math
+import copy
 import os
-import struct
+import queue
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pysyncobj.serializer
 import pysyncobj.syncobj
-from pysyncobj import SyncObjConf
-from pysyncobj.journal import Journal as RaftJournal
+from pysyncobj import FAIL_REASON, SyncObjConf
+from pysyncobj.fast_queue import FastQueue
 from pysyncobj.transport import TCPTransport
 
-from mmapwal import Durability, IncompatibleFormatError, Journal, JournalError
-from mmapwal.format import USER_DATA_BYTES_MAX
-from mmapwal.integrations.folders import has_journal, make_folders
+from mmapwal import JournalError, PayloadTooLargeError
+from mmapwal.integrations.folders import make_folders
+from mmapwal.integrations.raft_log import SLOTS_MIN, JournalFailedError, MmapJournal, logger
 
 __all__ = ["JournalFailedError", "MmapJournal", "MmapJournalFile", "SyncedTransport", "use_mmapwal"]
 
-SLOTS = 1 << 20
-RETRY_S = 1.0
-READ_AHEAD = 64
-DUMP_ENTRIES = 2  # the last two that a dump covers: they stand in the log, which is never empty
 UNPROMISING = {"apply_command", "apply_command_response", "timeout_now"}  # they say nothing of the log
-
-TERM = struct.Struct("<Q")  # before the command, in each entry
-# User data of the journal: term, commit index, whose journal it is; the vote, or nothing, follows.
-STATE = struct.Struct("<BQQ16s")
-STATE_VERSION = 1
-VOTE_BYTES_MAX = USER_DATA_BYTES_MAX - STATE.size
-
-logger = logging.getLogger("mmapwal.pysyncobj")
-
-
-class JournalFailedError(JournalError):
-    """The log cannot be made durable (`__cause__` says why): the node takes part in nothing until it can."""
-
-
-def _reason(cause: BaseException) -> str:
-    return f"{cause}: {cause.__cause__}" if cause.__cause__ is not None else str(cause)
-
-
-def _digest(*names: str) -> bytes:
-    return hashlib.blake2b("\0".join(names).encode(), digest_size=16).digest()
-
-
-def _vote_bytes(node_id: str) -> bytes:
-    """Of the vote only that there was one matters after a restart, so a long id may be told by its digest."""
-    name = node_id.encode()
-    return name if len(name) <= VOTE_BYTES_MAX else _digest(node_id).hex().encode()
-
-
-class LogEntry:
-    """(command, index, term), like the tuple; the command and the term are read when they are asked for."""
-
-    __slots__ = ("_index", "_log")
-
-    def __init__(self, log: MmapJournal, index: int) -> None:
-        self._log = log
-        self._index = index
-
-    def __getitem__(self, item: int) -> Any:
-        if item == 1:
-            return self._index
-        return self._log.term(self._index) if item == 2 else tuple(self)[item]
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._log.entry(self._index))
-
-    def __len__(self) -> int:
-        return 3
-
-    def __eq__(self, other: object) -> bool:
-        return tuple(self) == tuple(other) if isinstance(other, (tuple, LogEntry)) else NotImplemented
-
-    def __hash__(self) -> int:
-        return hash(tuple(self))
-
-    def __repr__(self) -> str:
-        return repr(tuple(self))
-
-    def __reduce__(self) -> tuple[type[tuple[Any, ...]], tuple[list[Any]]]:
-        return tuple, (list(self),)
-
-
-class LogSlice(Sequence[Any]):
-    """Entries from one index up to another, like the list of tuples; read as far as they are asked for, since
-    PySyncObj asks for all that follows and takes what fits into a message. Goes onto the wire as a list."""
-
-    def __init__(self, log: MmapJournal, first: int, count: int) -> None:
-        self._log = log
-        self._first = first
-        self._count = count
-        self._read: list[tuple[bytes, int, int]] = []
-
-    def _up_to(self, count: int) -> list[tuple[bytes, int, int]]:
-        if len(self._read) < count:
-            more = max(count, min(READ_AHEAD + 2 * len(self._read), self._count))
-            self._read += self._log.entries(self._first + len(self._read), self._first + more - 1)
-        return self._read
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, item: Any) -> Any:
-        places = range(self._count)[item]  # IndexError, as a list
-        if isinstance(places, int):
-            return self._read[places] if places < len(self._read) else self._log.entry(self._first + places)
-        found = self._up_to(max(places, default=-1) + 1)
-        return [found[place] for place in places]
-
-    def __iter__(self) -> Iterator[tuple[bytes, int, int]]:
-        for place in range(self._count):
-            yield self._up_to(place + 1)[place]
-
-    def __eq__(self, other: object) -> bool:
-        return list(self) == list(other) if isinstance(other, (list, LogSlice)) else NotImplemented
-
-    __hash__ = None  # type: ignore[assignment]  # as a list
-
-    def __reduce__(self) -> tuple[type[list[Any]], tuple[list[Any]]]:
-        return list, (list(self),)
-
-
-class MmapJournal(RaftJournal):  # type: ignore[misc]
-    """The log of one node, and its term and vote. For one thread, as PySyncObj uses it.
-
-    path: the folder of the journal, made if missing. options: of `mmapwal.Journal`.
-    What is added is durable at the next `sync()`, and no earlier. When the journal refuses, everything raises
-    JournalFailedError; each second it is tried again, so that the node goes on where space has returned. One
-    that is poisoned, or refused while a dump was being loaded, has to be opened again. CorruptionError,
-    LockedError and so on when it is opened, as `Journal`.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], **options: Any) -> None:
-        if options.get("storage") is None:
-            make_folders(Path(path))
-            if not has_journal(Path(path)):  # one that is there keeps what it has
-                options = {"slots": SLOTS} | options
-        self.journal = Journal(path, **options, durability=Durability.BUFFERED)
-        self._first = self._last = self._tail = 0  # between last and tail lies what was removed
-        self._last_term, self._last_term_from = -1, 0  # of all entries from there on, where it is known
-        self._look_again()
-        self._unsynced = self._unsaved = False  # entries; term, vote and commit index
-        self._failure: BaseException | None = None
-        self._retry_at = 0.0
-        self._starting = True  # until the dump was loaded
-        self._loading = 0  # how many entries of a dump are to come
-        self._placeholder: tuple[bytes, int, int] | None = None
-        try:
-            self._read_state()
-        except BaseException:
-            self.journal.close()
-            raise
-
-    # --- term, vote, commit index, owner -----------------------------------------------------------
-
-    def _read_state(self) -> None:
-        data = self.journal.user_data
-        self._term, self._commit, self._owner, vote = 0, 1, bytes(16), b""
-        if data:
-            if len(data) < STATE.size or data[0] != STATE_VERSION:
-                raise IncompatibleFormatError(f"{self.journal.directory} is no log of PySyncObj")
-            _, self._term, self._commit, self._owner = STATE.unpack_from(data)
-            vote = data[STATE.size :]
-        elif self._last or self.journal.snapshot_op:
-            raise IncompatibleFormatError(f"{self.journal.directory} is no log of PySyncObj")
-        self._vote = vote.decode() or None
-        self._saved_commit = self._commit
-        self._unsaved = not data  # a new one says whose it is before it has an entry
-        self.sync()
-
-    def claim(self, node: str, cluster: str) -> None:
-        """The journal is this node's from now on. IncompatibleFormatError when it is of another one."""
-        owner = _digest(node, cluster)
-        if self._owner == bytes(16):
-            self._owner, self._unsaved = owner, True
-            self.sync()
-        if self._owner != owner:
-            raise IncompatibleFormatError(
-                f"{self.journal.directory} belongs to another node or cluster than {node!r} of {cluster!r}"
-            )
-
-    def setCurrentTerm(self, term: int, votedForNodeId: str | None) -> None:  # noqa: N802,N803
-        """Durable at return, as Raft demands before a message tells of it."""
-        self._check()
-        self._term, self._vote, self._unsaved = term, votedForNodeId, True
-        self.sync()
-
-    def getCurrentTerm(self) -> int:  # noqa: N802
-        """The last one that was set; 0 at first."""
-        return self._term
-
-    def getVotedForNodeId(self) -> str | None:  # noqa: N802
-        """For whom the node voted in that term, or None."""
-        return self._vote
-
-    def setRaftCommitIndex(self, raftCommitIndex: int) -> None:  # noqa: N802,N803
-        """Kept in memory, and by the timer: it may be too small after a crash, never too large."""
-        self._commit = raftCommitIndex
-
-    def getRaftCommitIndex(self) -> int:  # noqa: N802
-        """At most the last index of the log."""
-        return max(1, min(self._commit, self._last))
-
-    def onOneSecondTimer(self) -> None:  # noqa: N802
-        """Makes the commit index durable where it has moved."""
-        self._check()
-        self._starting = False  # PySyncObj has just loaded its dump, or has none
-        if self._commit != self._saved_commit:
-            self._unsaved = True
-            self.sync()
-
-    # --- durability ---------------------------------------------------------------------------------
-
-    def sync(self) -> None:
-        """Makes durable all that was added, then term, vote and commit index where they have changed; costs
-        nothing where nothing has. JournalFailedError."""
-        if not (self._unsynced or self._unsaved):
-            return
-        with self._failing():
-            if self._unsynced:
-                self.journal.sync()
-            self._unsynced = False
-            if self._unsaved:  # the commit index covers no entry that is not durable
-                state = STATE.pack(STATE_VERSION, self._term, self._commit, self._owner)
-                self.journal.set_user_data(state + _vote_bytes(self._vote or ""))
-            self._saved_commit, self._unsaved = self._commit, False
-
-    @property
-    def failure(self) -> BaseException | None:
-        """Why the node has stopped, or None."""
-        return self._failure
-
-    def fail(self, cause: BaseException, *, for_good: bool = False) -> None:
-        """The node stops: everything refuses for a while, or for good. Says so in the log, once."""
-        if self._failure is None:
-            logger.error("%s: this node stops: %s", self.journal.directory, _reason(cause))
-            self._failure = cause
-        if self._retry_at != math.inf:
-            self._retry_at = math.inf if for_good else time.monotonic() + RETRY_S
-
-    @contextmanager
-    def _failing(self, *, for_good: bool = False) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, JournalError) as e:
-            self.fail(e, for_good=for_good)
-            raise JournalFailedError(f"{self.journal.directory}: {_reason(e)}") from e
-
-    def _check(self) -> None:
-        if self._failure is None:
-            return
-        if time.monotonic() < self._retry_at:
-            raise JournalFailedError(f"{self.journal.directory}: {_reason(self._failure)}") from self._failure
-        self.sync()
-        logger.warning("%s: this node goes on", self.journal.directory)
-        self._failure = None
-
-    # --- the log ------------------------------------------------------------------------------------
-
-    def add(self, command: bytes, idx: int, term: int) -> None:
-        """Appends an entry. The first one may have any index above what was given to the dump."""
-        self._check()
-        if 0 < self._tail == self._last == idx - 1 and not self._loading:  # what happens all the time
-            with self._failing():
-                self._append(command, idx, term)
-            return
-        with self._failing(for_good=self._loading > 0):  # the state is the dump's, and the log is not
-            self._add(command, idx, term)
-        self._loading = max(0, self._loading - 1)
-
-    def _append(self, command: bytes, idx: int, term: int) -> None:
-        """`idx` is the next op of the journal."""
-        self.journal.append(TERM.pack(term) + command)
-        if term != self._last_term:
-            self._last_term, self._last_term_from = term, idx
-        self._last = self._tail = idx
-        self._unsynced = True
-
-    @property
-    def _dropped(self) -> bool:
-        """clear() was called, and nothing was added yet."""
-        return self._loading == DUMP_ENTRIES
-
-    def _add(self, command: bytes, idx: int, term: int) -> None:
-        if self._loading and self._starting and self._has(command, idx, term):
-            if self._dropped:  # what follows the dump in the log was promised, and stays
-                self._forget_through(idx - 1)
-            return
-        if idx == self._last + 1 <= self._tail and not self._dropped:
-            if self._has(command, idx, term):
-                self._last = idx
-                return
-            self._truncate_from(idx)
-        if not (self._last or self._dropped) and idx <= self.journal.snapshot_op:
-            self._placeholder = (command, idx, term)  # of a new node, which this is not: its dump comes next
-            return
-        if self._dropped or not self._last:
-            self._restart_at(idx)
-        self._placeholder = None
-        self._append(command, idx, term)
-        self._first = self._first or idx
-
-    def _has(self, command: bytes, idx: int, term: int) -> bool:
-        return self._first <= idx <= self._tail and self.entry(idx) == (command, idx, term)
-
-    def _restart_at(self, idx: int) -> None:
-        """Nothing is there any more, and `idx` can come. In this order: whatever a crash leaves of it is a
-        beginning of the log, or nothing, and the dump has all of it."""
-        if idx <= self.journal.snapshot_op:
-            raise JournalError(
-                f"the dump ends at {idx}, and the log begins behind {self.journal.snapshot_op}"
-            )
-        if self._tail >= idx:
-            self._truncate_from(idx)
-        self._forget_through(idx - 1)
-        self._first = self._last = self._tail = 0
-
-    def _truncate_from(self, idx: int) -> None:
-        self.journal.truncate_from(idx)
-        self._unsynced = False  # it syncs first
-        self._look_again()
-
-    def _forget_through(self, idx: int) -> None:
-        if idx > self.journal.snapshot_op:
-            self.journal.set_snapshot_op(idx)
-            self.journal.compact(wait=False)
-        self._look_again()
-
-    def _look_again(self) -> None:
-        self._first, self._last = self.journal.first_op or 0, self.journal.last_op or 0
-        self._tail = self._last
-        self._last_term = -1
-
-    def clear(self) -> None:
-        """The log is empty; on the disk it is when the next entry is added, which PySyncObj does at once."""
-        self._check()
-        self._loading, self._placeholder = DUMP_ENTRIES, None
-
-    def deleteEntriesFrom(self, entryFrom: int) -> None:  # noqa: N802,N803
-        """Removes what stands at or behind this position; from the disk when another entry comes there.
-
-        PySyncObj also removes what it was sent twice, to add it once more. It was promised, so a crash must
-        not find it gone meanwhile, and if it is the same it stays. (Raft removes only what conflicts.)
-        """
-        self._check()
-        if entryFrom < len(self):
-            self._last = self._first + entryFrom - 1
-
-    def deleteEntriesTo(self, entryTo: int) -> None:  # noqa: N802,N803
-        """Removes so many entries from the front: they are in the dump, which is durable. Gives their space
-        back."""
-        self._check()
-        if entryTo > 0 and self._last:
-            last = self._last
-            with self._failing():
-                self._forget_through(min(self._first + entryTo - 1, last))
-            self._last = min(self._last, last)
-
-    def entry(self, index: int) -> tuple[bytes, int, int]:
-        """(command, index, term) of a Raft index."""
-        with self._failing():
-            data = self.journal.read(index)
-        return bytes(data[TERM.size :]), index, TERM.unpack_from(data)[0]
-
-    def term(self, index: int) -> int:
-        """The term of a Raft index."""
-        if self._last_term >= 0 and index >= self._last_term_from:
-            return self._last_term
-        with self._failing():
-            return int(TERM.unpack_from(self.journal.read(index))[0])
-
-    def entries(self, first: int, last: int) -> list[tuple[bytes, int, int]]:
-        """(command, index, term) of each Raft index from `first` to `last`."""
-        with self._failing():
-            found = enumerate(self.journal.payloads(first, last), first)  # there are no gaps
-            return [(bytes(data[TERM.size :]), index, TERM.unpack_from(data)[0]) for index, data in found]
-
-    def __getitem__(self, item: Any) -> Any:
-        """By position: one is a LogEntry; a slice is a LogSlice, or a list, of one or of not all."""
-        if self._failure is not None:
-            self._check()
-        if item == -1 and self._last >= self._first > 0 and not self._dropped:
-            return LogEntry(self, self._last)
-        places = range(len(self))[item]  # IndexError, as a list
-        if isinstance(places, int):
-            return self._placeholder or LogEntry(self, self._first + places)
-        if self._placeholder or places.step != 1:
-            return [self._placeholder or self.entry(self._first + place) for place in places]
-        if len(places) == 1:
-            return [LogEntry(self, self._first + places.start)]
-        return LogSlice(self, self._first + places.start, len(places))
-
-    def __len__(self) -> int:
-        if self._dropped:
-            return 0
-        return self._last - self._first + 1 if self._last else int(self._placeholder is not None)
-
-    def flush(self) -> None:
-        """As the library's own file journal: durable at return."""
-        self.sync()
-
-    def _destroy(self) -> None:
-        self.journal.close()
-
-
-# --- plugging it in -----------------------------------------------------------------------------------
 
 
 class MmapJournalFile:
@@ -432,6 +40,7 @@ class MmapJournalFile:
     def __init__(self, path: Path, cluster: str, dump: Path | None, options: dict[str, Any]) -> None:
         self.path, self.cluster, self.dump, self.options = path, cluster, dump, options
         self.log: MmapJournal | None = None
+        self.transport: SyncedTransport | None = None
 
     def open(self) -> MmapJournal:
         """The log. JournalError when what it gave to the dump is in no dump."""
@@ -444,15 +53,59 @@ class MmapJournalFile:
         return log
 
 
+class QueueSize(int):
+    """The commandsQueueSize of a SyncObjConf; the queue that is made of it finds the log by it."""
+
+    file: MmapJournalFile
+
+
+class CommandQueue(FastQueue):  # type: ignore[misc]
+    """The library's queue; commands stay in it while the log cannot take them. The library takes one out
+    before it adds it, so one that the log refused comes again, and its callback with it. One that is too long
+    for any log does not get in: its caller is told, and the node undisturbed."""
+
+    def __init__(self, size: QueueSize) -> None:
+        super().__init__(size)
+        self._file = size.file
+        self._taken: tuple[bytes | None, Any] = (None, None)
+
+    def put_nowait(self, value: tuple[bytes, Any]) -> None:
+        """Adds a command with its callback, or the node and the number of a request; queue.Full."""
+        command, callback = value
+        log, transport = self._file.log, self._file.transport
+        if log is None or transport is None or len(command) <= log.command_bytes_max:
+            super().put_nowait(value)
+            return
+        told = "%s: a command of %d bytes is denied; max_payload_bytes leaves %d for one"
+        logger.error(told, self._file.path, len(command), log.command_bytes_max)
+        if isinstance(callback, tuple):
+            answer = {"type": "apply_command_response", "request_id": callback[1]}
+            transport.send(callback[0], answer | {"error": FAIL_REASON.REQUEST_DENIED})
+        elif callback is not None:
+            callback(None, FAIL_REASON.REQUEST_DENIED)
+
+    def get_nowait(self) -> tuple[bytes | None, Any]:
+        """The next command and its callback; queue.Empty."""
+        log = self._file.log
+        if log is None or not log.takes_commands:
+            raise queue.Empty
+        if log.refused is None or log.refused is not self._taken[0]:
+            self._taken = super().get_nowait()
+        log.refused = None
+        return self._taken
+
+
 class SyncedTransport(TCPTransport):  # type: ignore[misc]
     """The library's transport; before a message leaves that promises entries, they are durable. While they
-    cannot be, nothing leaves."""
+    cannot be, nothing leaves. Entries for which the log has no slot count as not received: the leader sends
+    them again, and again, until a dump has made room."""
 
     def __init__(self, syncObj: Any, selfNode: Any, otherNodes: Any) -> None:  # noqa: N803
         file = syncObj.conf.journalFile
         if not isinstance(file, MmapJournalFile) or file.log is None:
             raise TypeError("SyncedTransport goes with use_mmapwal()")
         self._log = file.log
+        file.transport = self
         try:
             if selfNode is not None:
                 self._log.claim(str(selfNode.id), file.cluster)
@@ -461,7 +114,21 @@ class SyncedTransport(TCPTransport):  # type: ignore[misc]
             self._log.journal.close()
             raise
         self._looked_at_dump = False
+        conf = syncObj.conf  # that of use_mmapwal(), of this node alone
+        conf.logCompactionMinEntries = min(conf.logCompactionMinEntries, self._log.journal.slots // 2)
+        self._library_tick = syncObj._onTick
+        syncObj._onTick = self._tick_while_usable
         syncObj.addOnTickCallback(self._tick)
+
+    def _tick_while_usable(self, timeToWait: float = 0.0) -> None:  # noqa: N803
+        """A node that has stopped does not tick: the library would log each one."""
+        try:
+            self._log.check_usable()
+            self._library_tick(timeToWait)
+        except JournalFailedError:  # it was logged
+            if not self._syncObj.conf.autoTick:
+                raise
+            time.sleep(timeToWait)
 
     def _tick(self) -> None:
         """After the commands of a tick were taken, before they are committed in the next one."""
@@ -473,6 +140,28 @@ class SyncedTransport(TCPTransport):  # type: ignore[misc]
                 self._log.fail(JournalError(what), for_good=True)
         if not self._syncObj.otherNodes:  # a cluster of one sends nothing
             self._log.sync()
+
+    def _onMessageReceived(self, node: Any, message: Any) -> None:  # noqa: N802
+        if isinstance(message, dict) and message.get("prevLogIdx") is not None:
+            message = self._as_far_as_it_fits(message)
+        try:
+            super()._onMessageReceived(node, message)
+        except PayloadTooLargeError as e:  # the leader may have longer ones; it would send it for ever
+            self._log.fail(e, for_good=True)
+
+    def _as_far_as_it_fits(self, message: dict[str, Any]) -> dict[str, Any]:
+        log, before = self._log, message["prevLogIdx"]
+        entries, part = message.get("entries", []), message.get("transmission")  # of one large entry
+        count = len(entries) + (part == "finish")
+        rest = message | {"entries": entries[: max(0, log.takes_through - before)], "transmission": None}
+        if count and before + count <= log.last_index and log.term(log.last_index) == message["term"]:
+            # They were sent again, and the last entry is of this leader, so all are the same. The library
+            # would remove what follows, what was applied too, until it is sent again.
+            return rest | {"entries": [], "prevLogIdx": log.last_index, "prevLogTerm": message["term"]}
+        conflict = log.conflict(before, message["prevLogTerm"])
+        if conflict < before:  # the library would go back by one a message, and it may be thousands
+            return rest | {"entries": [], "prevLogIdx": conflict}
+        return rest if before + count > log.takes_through else message
 
     def send(self, node: Any, message: Any) -> bool:
         """As the library's; False when the log cannot be made durable."""
@@ -486,6 +175,10 @@ class SyncedTransport(TCPTransport):  # type: ignore[misc]
 
 def _create_journal(journal_file: Any = None) -> Any:
     return journal_file.open() if isinstance(journal_file, MmapJournalFile) else _CREATE_JOURNAL(journal_file)
+
+
+def _create_queue(size: int) -> Any:
+    return CommandQueue(size) if isinstance(size, QueueSize) else FastQueue(size)
 
 
 def _replace_durably(old: str, new: str) -> None:
@@ -511,22 +204,29 @@ def use_mmapwal(
 ) -> dict[str, Any]:
     """Arguments for `SyncObj.__init__`: conf and transportClass, with the log and the dump below `folder`.
 
-    conf: a SyncObjConf; its journalFile is replaced, its fullDumpFile is set where it has none. A serializer
-        of yours has to make its file durable before it returns.
+    conf: a SyncObjConf, which is copied. Its journalFile is replaced, its fullDumpFile is set where it has
+        none. A serializer of yours has to make its file durable before it returns.
     cluster: a name; a folder of another cluster, or another node, is refused (IncompatibleFormatError).
     journal_options: of `mmapwal.Journal`: `slots` (the longest log, 1,048,576 entries; it is compacted after
-        `conf.logCompactionMinEntries`), `segment_bytes`, `sync_method`.
+        `conf.logCompactionMinEntries`, and when half of the slots are taken), `segment_bytes`, `sync_method`.
 
     From then on, in the whole process, the library's dumps are synced before they replace the one before.
-    Errors of the journal are raised by `SyncObj.__init__`: the node does not start.
+    ValueError: a log of so few slots cannot work. Errors of the journal are raised by `SyncObj.__init__`: the
+    node does not start.
     """
-    conf = SyncObjConf() if conf is None else conf
+    slots = journal_options.get("slots")
+    if slots is not None and slots < SLOTS_MIN:
+        raise ValueError(f"slots is {slots}: too few for a log and its new leaders; give {SLOTS_MIN} or more")
+    conf = SyncObjConf() if conf is None else copy.copy(conf)
     folder = Path(folder).absolute()
     make_folders(folder)
     if conf.fullDumpFile is None:
         conf.fullDumpFile = str(folder / "dump")
     dump = None if conf.serializer is not None else Path(conf.fullDumpFile)
     conf.journalFile = MmapJournalFile(folder / "journal", cluster, dump, journal_options)
+    conf.commandsQueueSize = QueueSize(conf.commandsQueueSize)
+    conf.commandsQueueSize.file = conf.journalFile
     pysyncobj.syncobj.createJournal = _create_journal
+    pysyncobj.syncobj.FastQueue = _create_queue
     pysyncobj.serializer.atomicReplace = _replace_durably
     return {"conf": conf, "transportClass": SyncedTransport}

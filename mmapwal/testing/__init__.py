@@ -22,6 +22,8 @@ and names that no sync had covered may be there or not.
 
     for fault in every_fault(error=errno.ENOSPC):
         run(FaultDirectory(MemoryDirectory(), fault))     # until a run meets no failure
+
+docs/TESTING.md is the guide, with what a state is and what is not modelled.
 """
 
 from mmapwal.testing.disk import CrashDisk, CrashStorage

@@ -14,6 +14,8 @@ from mmapwal.storage import SyncMethod
 from mmapwal.testing.effects import NO_HANDLE, ROOT, SECTOR_BYTES, Effect, EffectKind, Image, join
 from mmapwal.testing.states import EXHAUSTIVE_MAX, Choice, Point, Replay, StateKey
 
+HALF_BYTES = SECTOR_BYTES // 2
+
 
 def _error(code: int, name: str) -> OSError:
     return OSError(code, os.strerror(code), name)
@@ -187,6 +189,25 @@ class CrashStorage:
         self._closed = True
 
 
+class _MappedCrashStorage(CrashStorage):
+    """Opened with SyncMethod.MSYNC: what is written is stored in a shared mapping, and a sync is an msync.
+    The kernel may write a page in the middle of a store: of each sector half can be there without the other.
+    """
+
+    def write_at(self, offset: int, data: Buffer) -> int:
+        plain, shared = memoryview(data).cast("B"), self.shared()
+        end = offset + len(plain)
+        if end > len(shared):
+            raise _error(errno.EFBIG, self._name)
+        starts = range(offset - offset % HALF_BYTES, end, HALF_BYTES)
+        for halves in (starts[0::2], starts[1::2]):
+            for at in halves:
+                first, last = max(at, offset), min(at + HALF_BYTES, end)
+                shared[first:last] = plain[first - offset : last - offset]
+            self._world.observe()
+        return len(plain)
+
+
 class CrashDisk:
     """A directory in memory that records all effects, and crashes.
 
@@ -196,7 +217,8 @@ class CrashDisk:
     file stay in order. A file's sync makes durable what was written *through the same storage
     object*, and the size, not the name; `write_sync_at` its own range and the size; a directory's sync
     all names in it. A sector of a shared mapping can be on the disk at any value that it had since
-    its last sync (looked at whenever an effect is recorded, and in `observe`).
+    its last sync (looked at whenever an effect is recorded, and in `observe`). With SyncMethod.MSYNC a
+    write is stores in such a mapping, half of each sector first.
 
     sync_method: what SyncMethod.AUTO stands for on this disk.
     name_durable: whether the directory's own name is durable from the start. If not, all of it can be
@@ -279,11 +301,11 @@ class CrashDisk:
                 file.seen = None
         return CrashDisk._make(world, self._node, self._path)
 
-    def replay(self) -> Replay:
+    def _replay(self) -> Replay:
         """The state of the disk before the first effect; `Replay.apply` takes it further."""
         return Replay(self._world.image, damage=self._world.damage)
 
-    def state(self, point: Point, choice: Choice) -> CrashDisk:
+    def _state(self, point: Point, choice: Choice) -> CrashDisk:
         """The disk that a crash at `point` leaves with `choice`. Nothing of it is unsynced."""
         world = _World(point.image(choice), self._world.sync_method, self._world.damage)
         return CrashDisk._make(world, ROOT, "", (point, choice))
@@ -295,16 +317,16 @@ class CrashDisk:
 
         Every one when there are no more than `max_states` (4096: with 12 unsynced sectors and names, each
         changed once, that is all of them; of more than 12 changes to names the orders are sampled); else
-        a sample by `seed`, in which are always: nothing of what is unsynced, all of it, each single
-        effect missing, and each single one alone. No two are the same. Each is a CrashDisk with a
-        record of its own, so that a recovery can be crashed too.
+        a sample by `seed`, in which are always: nothing of what is unsynced, all of it, the newest effect
+        alone and half done, each single sector, size or change of a name missing, and each of these alone.
+        No two are the same. Each is a CrashDisk with a record of its own: a recovery can be crashed too.
         ValueError when there are not so many effects.
         """
         effects = self.effects
         count = len(effects) if after is None else after
         if not 0 <= count <= len(effects):
             raise ValueError(f"{count} effects asked for, there are {len(effects)}")
-        replay = self.replay()
+        replay = self._replay()
         for effect in effects[:count]:
             replay.apply(effect)
         point = Point(replay)
@@ -313,7 +335,7 @@ class CrashDisk:
             key = point.key(choice)
             if key not in seen:
                 seen.add(key)
-                yield self.state(point, choice)
+                yield self._state(point, choice)
 
     # --- the Directory protocol
 
@@ -353,7 +375,8 @@ class CrashDisk:
     def open(
         self, name: str, *, writable: bool = False, sync_method: SyncMethod = SyncMethod.FDATASYNC
     ) -> CrashStorage:
-        return CrashStorage(self._world, self._find_file(name), join(self._path, name), writable)
+        kind = _MappedCrashStorage if writable and sync_method is SyncMethod.MSYNC else CrashStorage
+        return kind(self._world, self._find_file(name), join(self._path, name), writable)
 
     def names(self) -> list[str]:
         return sorted(self._names())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,36 +49,61 @@ class _Explorer:
     def acknowledged(self, count: int) -> list[Any]:
         return [what for at, what in self._notes if at <= count]
 
-    def explore(self, seed: int, max_states: int) -> None:
-        replay = self.disk.replay()
-        total = len(self.effects) + 1
-        for count in range(total):
+    def explore(self, seed: int, max_states: int | None) -> None:
+        """Shares out what may be checked, and again what was left over by places that had fewer states,
+        until it is used up or no place has more."""
+        room = self._room(max_states)
+        budget = sum(room.values()) if max_states is None else max_states
+        for turn in itertools.count():
+            if not room or len(self._seen) >= budget:
+                return
+            shares = _shared_out(room, budget - len(self._seen), random.Random(f"{seed}:{turn}"))
+            for count, point in self._points(shares):
+                rng = random.Random(f"{seed}:{turn}:{count}")
+                found, ended = self._explore_point(point, count, rng, shares[count])
+                room[count] -= found
+                if ended or room[count] == 0:
+                    del room[count]
+
+    def _points(self, wanted: Container[int]) -> Iterator[tuple[int, Point]]:
+        """The crashes after so many effects, each good until the next is asked for."""
+        replay = self.disk._replay()
+        for count in range(len(self.effects) + 1):
             if count:
                 replay.apply(self.effects[count - 1])
-            left = max_states - len(self._seen)
-            self._explore_point(Point(replay), count, seed, -(-left // (total - count)))
+            if count in wanted:
+                yield count, Point(replay)
 
-    def _explore_point(self, point: Point, count: int, seed: int, allowed: int) -> None:
+    def _room(self, max_states: int | None) -> dict[int, int]:
+        """How many states of each place are to be checked at most: all, or as many as a sample may have."""
+        sample = EXHAUSTIVE_MAX if max_states is None else sys.maxsize
+        sizes = ((count, point.state_count) for count, point in self._points(range(len(self.effects) + 1)))
+        return {count: size if size <= EXHAUSTIVE_MAX else sample for count, size in sizes}
+
+    def _explore_point(self, point: Point, count: int, rng: random.Random, allowed: int) -> tuple[int, bool]:
+        """Checks so many states that were not checked before. How many there were, and whether all are
+        known now; where they are sampled, whether new ones are rare."""
         acknowledged = self.acknowledged(count)
-        rng = random.Random(f"{seed}:{count}")
-        limit = EXHAUSTIVE_MAX if point.state_count <= allowed * 16 else allowed * 4
+        whole = point.state_count <= EXHAUSTIVE_MAX
+        limit = EXHAUSTIVE_MAX if whole else allowed * 4
         found = 0
-        for choice in point.choices(rng, limit):
-            if found >= allowed:
-                return
+        for choice in point.choices(rng, limit, mixed=point.state_count > allowed):
             self.states += 1
             key = (point.key(choice), len(acknowledged))
             if key in self._seen:
                 continue
+            if found == allowed:
+                return found, False
             self._seen.add(key)
             found += 1
             error = self._try(point, choice, acknowledged)
             if error is not None:
                 self._fail(point, choice, count, error)
-        self.exhaustive += point.state_count <= limit
+        self.exhaustive += whole
+        return found, True
 
     def _try(self, point: Point, choice: Choice, acknowledged: list[Any]) -> Exception | None:
-        state = self.disk.state(point, choice)
+        state = self.disk._state(point, choice)
         began = time.perf_counter()
         try:
             self._check(state, list(acknowledged))
@@ -130,6 +157,28 @@ class _Explorer:
         return "\n".join(lines)
 
 
+def _shared_out(room: dict[int, int], left: int, rng: random.Random) -> dict[int, int]:
+    """How many states each place may use. Those that can be tried whole come first, if that leaves half."""
+    small = {count: size for count, size in room.items() if size <= EXHAUSTIVE_MAX}
+    used = sum(small.values())
+    if used * 2 > left:
+        return _shared_evenly(room, left, rng)
+    large = {count: size for count, size in room.items() if count not in small}
+    return small | _shared_evenly(large, left - used, rng)
+
+
+def _shared_evenly(room: dict[int, int], left: int, rng: random.Random) -> dict[int, int]:
+    """To each as much as to any other, but to none more than it has room for. Where there is not one for
+    each, some have one."""
+    if left < len(room):
+        return dict.fromkeys(rng.sample(list(room), left), 1)
+    shares: dict[int, int] = {}
+    for count in sorted(room, key=room.__getitem__):
+        shares[count] = min(room[count], left // (len(room) - len(shares)))
+        left -= shares[count]
+    return shares
+
+
 def _told(title: str, items: list[str], longer: bool) -> list[str]:
     """The shorter list whole; of the longer one, when it is long, how much it is."""
     if not items:
@@ -144,7 +193,7 @@ def assert_crash_safe(
     check: Check,
     *,
     seed: int = 0,
-    max_states: int = 2000,
+    max_states: int | None = 2000,
     disk: CrashDisk | None = None,
 ) -> CrashStats:
     """Runs `scenario(disk, acknowledge)` once, and `check(state, acknowledged)` for crashes in it.
@@ -155,8 +204,12 @@ def assert_crash_safe(
     `state`, a CrashDisk, and raises when a promise is broken or the recovery fails.
 
     A crash is tried after every effect; of each the states that `CrashDisk.crash_states` tells of.
-    `max_states` is how many are checked in all, and is shared out among the effects; the same state
-    with the same promises is checked once. `seed` chooses the sample when they are more.
+    `max_states` is how many are checked in all; the same state with the same promises is checked once. They
+    are shared out evenly among the effects, and what one has no use for goes to the others. Of an effect with
+    no more than 4096 states (12 unsynced sectors and names, each changed once) every one is tried, unless
+    the states of all such effects together are more than `max_states` (more than half of it, where there
+    are larger effects too); then it is sampled if it has more than its share. Larger ones always are. None:
+    every state of an effect that has no more than 4096, and up to 4096 of any other. `seed` chooses samples.
     `disk`: where to run, such as the state of an earlier crash; None: a new CrashDisk.
 
     AssertionError tells the shortest list of unsynced effects, kept or lost, with which the check still

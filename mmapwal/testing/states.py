@@ -13,6 +13,7 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from mmapwal.testing.effects import NO_HANDLE, ROOT, SECTOR_BYTES, Effect, EffectKind, Image, join
 
@@ -161,27 +162,7 @@ class _FolderState:
         if count > _ORDERED_NAMES_MAX:
             singles = [(i,) for i in whole] + [whole[:i] + whole[i + 1 :] for i in whole]
             return [(), *singles, *(whole[:i] for i in whole[2:-1]), *self._some_orders(), whole]
-        first_seen: dict[frozenset[tuple[str, int]], tuple[int, ...]] = {}
-        nodes = [change.node for change in self.changes]
-        barred = [sum(1 << j for j in whole[i:] if j == i or nodes[j] == nodes[i]) for i in whole]
-        # Of each set of changes the names that it can leave, with one order that does: all of one size, then
-        # those of one more.
-        reached = {(0, frozenset(self.durable.items())): ((), self.durable)}  # type: _Reached
-        while reached:
-            following: _Reached = {}
-            for (done, names), (order, present) in reached.items():
-                first_seen.setdefault(names, order)
-                for i in whole:
-                    if not done & barred[i]:
-                        after = dict(present)
-                        self.changes[i].apply(after)
-                        key = done | 1 << i, frozenset(after.items())
-                        following.setdefault(key, ((*order, i), after))
-            reached = following
-        all_of_it = frozenset(self.after(whole).items())
-        none_of_it = frozenset(self.durable.items())
-        between = [o for names, o in first_seen.items() if names not in {all_of_it, none_of_it}]
-        return [(), *between, whole]
+        return _all_orders(tuple(self.durable.items()), tuple(self.changes))
 
     def _some_orders(self) -> list[tuple[int, ...]]:
         rng = random.Random(len(self.changes))
@@ -199,6 +180,39 @@ class _FolderState:
         return i not in order and all(j < i or self.changes[j].node != node for j in order)
 
 
+@lru_cache(maxsize=32)
+def _all_orders(
+    names_before: tuple[tuple[str, int], ...], changes: tuple[_NameChange, ...]
+) -> list[tuple[int, ...]]:
+    """Kept, since an exploration goes over the record more than once."""
+    whole = tuple(range(len(changes)))
+    durable = dict(names_before)
+    first_seen: dict[frozenset[tuple[str, int]], tuple[int, ...]] = {}
+    nodes = [change.node for change in changes]
+    barred = [sum(1 << j for j in whole[i:] if j == i or nodes[j] == nodes[i]) for i in whole]
+    # Of each set of changes the names that it can leave, with one order that does: all of one size, then
+    # those of one more.
+    reached = {(0, frozenset(durable.items())): ((), durable)}  # type: _Reached
+    while reached:
+        following: _Reached = {}
+        for (done, names), (order, present) in reached.items():
+            first_seen.setdefault(names, order)
+            for i in whole:
+                if not done & barred[i]:
+                    after = dict(present)
+                    changes[i].apply(after)
+                    key = done | 1 << i, frozenset(after.items())
+                    following.setdefault(key, ((*order, i), after))
+        reached = following
+    names_after = dict(durable)
+    for change in changes:
+        change.apply(names_after)
+    all_of_it = frozenset(names_after.items())
+    none_of_it = frozenset(durable.items())
+    between = [o for names, o in first_seen.items() if names not in {all_of_it, none_of_it}]
+    return [(), *between, whole]
+
+
 @dataclass(slots=True)
 class _Group:
     """Options of one thing on the disk: number 0 is what is durable, the last one all that was done."""
@@ -211,6 +225,13 @@ class _Group:
     orders: list[tuple[int, ...]] = field(default_factory=list)
     changes: list[_NameChange] = field(default_factory=list)
     keys: list[int] = field(default_factory=list)
+
+    @property
+    def newest(self) -> int:
+        """The last effect of those that it is made of; of the directory's own name -1."""
+        if self.orders:
+            return self.changes[-1].effect if self.changes else -1
+        return (self.sizes or self.sector_values)[-1][1]
 
     def alone(self) -> list[int]:
         """Options that hold one unsynced effect."""
@@ -242,11 +263,6 @@ class Point:
                 self._parts.setdefault(group.node, []).append(i)
 
     @property
-    def unsynced(self) -> int:
-        """Sectors, sizes and changes of names that no sync has covered."""
-        return sum(len(g.orders[-1]) if g.orders else 1 for g in self.groups)
-
-    @property
     def state_count(self) -> int:
         return math.prod(g.options for g in self.groups)
 
@@ -256,21 +272,41 @@ class Point:
     def everything(self) -> Choice:
         return tuple(g.options - 1 for g in self.groups)
 
-    def choices(self, rng: random.Random, limit: int) -> Iterator[Choice]:
-        """Nothing, everything, each effect alone and each one missing; then every other one, when
-        there are no more than `limit`, else random ones, at most `limit`. May repeat itself."""
+    def newest(self) -> Iterator[Choice]:
+        """The last effect without all that it may rely on, in a directory that is there; and everything, but
+        of the last effect the first half of its sectors."""
+        newest = max((g.newest for g in self.groups), default=-1)
+        yield tuple((g.alone() or [0])[-1] if g.newest in {newest, -1} else 0 for g in self.groups)
+        sectors = [i for i, g in enumerate(self.groups) if g.sector_values and g.newest == newest]
+        behind = set(sectors[(len(sectors) + 1) // 2 :])
+        if behind:
+            yield tuple(g.options - 1 - (i in behind) for i, g in enumerate(self.groups))
+
+    def choices(self, rng: random.Random, limit: int, *, mixed: bool = False) -> Iterator[Choice]:
+        """Nothing, everything, the newest effect alone, and half done; then each sector, size and change of a
+        name alone and each one missing; then every other one, when there are no more than `limit` (in random
+        order if `mixed`), else random ones, at most `limit`. May repeat itself."""
         nothing, everything = self.nothing(), self.everything()
         yield nothing
         yield everything
+        yield from self.newest()
         singles = [_with(everything, i, o) for i, g in enumerate(self.groups) for o in g.missing()]
         singles += [_with(nothing, i, o) for i, g in enumerate(self.groups) for o in g.alone()]
         rng.shuffle(singles)
         yield from singles
-        if self.state_count <= min(limit, EXHAUSTIVE_MAX):
+        if self.state_count > min(limit, EXHAUSTIVE_MAX):
+            yield from (self._random(rng) for _ in range(limit))
+        elif mixed:
+            yield from map(self._numbered, _shuffled(rng, self.state_count))
+        else:
             yield from itertools.product(*(range(g.options) for g in self.groups))
-            return
-        for _ in range(limit):
-            yield self._random(rng)
+
+    def _numbered(self, number: int) -> Choice:
+        options: list[int] = []
+        for group in self.groups:
+            number, option = divmod(number, group.options)
+            options.append(option)
+        return tuple(options)
 
     def _random(self, rng: random.Random) -> Choice:
         share = rng.choice((0.15, 0.5, 0.85))
@@ -348,6 +384,16 @@ class Point:
 
 def _with(choice: Choice, at: int, option: int) -> Choice:
     return (*choice[:at], option, *choice[at + 1 :])
+
+
+def _shuffled(rng: random.Random, count: int) -> Iterator[int]:
+    """0 .. count - 1 in random order. Made as they are taken: mostly few are."""
+    moved: dict[int, int] = {}
+    for last in range(count - 1, -1, -1):
+        at = rng.randrange(last + 1)
+        value = moved.get(at, at)
+        moved[at] = moved.pop(last, last)
+        yield value
 
 
 class Replay:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from mmapwal import Journal
 from mmapwal.cli import main
+from mmapwal.storage import MappedStorage
 
 SIZES = {"slots": 256, "segment_bytes": 65536}
 
@@ -30,7 +32,7 @@ def test_repair_dry_run_says_what_it_would_drop_and_changes_nothing(damaged, cap
     assert main(["repair", "--dry-run", str(damaged)]) == 1
     out = capsys.readouterr().out.splitlines()
     assert "op 7: the checksum of the payload is wrong" in out[0]
-    assert out[1] == "1 damaged place(s) would be left out: 64 bytes"
+    assert out[1] == "1 place(s) would be left out: 64 bytes"
     assert {file.name: file.read_bytes() for file in damaged.iterdir()} == before
     assert main(["repair", "--dry-run", "--json", str(damaged)]) == 1
     report = json.loads(capsys.readouterr().out)
@@ -63,3 +65,23 @@ def test_repair_of_what_is_open_or_not_there_says_so(damaged, tmp_path, capsys):
     (damaged / "superblock").write_bytes(b"not one")
     assert main(["repair", str(damaged)]) == 2
     assert "superblock" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [[], ["--dry-run"]], ids=["repair", "dry-run"])
+def test_repair_on_a_disk_that_fails_to_read_says_where_and_changes_nothing(
+    damaged, options, capsys, monkeypatch
+):
+    read_at = MappedStorage.read_at
+
+    def read(self, offset, length):
+        if "segment-" in self._name and offset + length > 30_000:
+            raise OSError(errno.EIO, "Input/output error", self._name)
+        return read_at(self, offset, length)
+
+    before = {file.name: file.read_bytes() for file in damaged.iterdir()}
+    monkeypatch.setattr(MappedStorage, "read_at", read)
+    assert main(["repair", *options, str(damaged)]) == 2
+    told = capsys.readouterr().err
+    assert "segment-0000000000000001-00000000: Input/output error at byte 29696" in told
+    assert "copy the files to another disk first" in told
+    assert {file.name: file.read_bytes() for file in damaged.iterdir()} == before

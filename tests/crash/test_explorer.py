@@ -9,16 +9,13 @@ from typing import Any
 import pytest
 
 from mmapwal.errors import LockedError
-from mmapwal.storage import MemoryDirectory, MemoryStorage
+from mmapwal.storage import SyncMethod
 from mmapwal.testing import (
+    SECTOR_BYTES,
     CrashDisk,
+    CrashStats,
     EffectKind,
-    Fault,
-    FaultDirectory,
-    FaultStorage,
-    When,
     assert_crash_safe,
-    every_fault,
 )
 
 from .toy import BUGS, ToyLog, toy_check, toy_scenario
@@ -217,6 +214,26 @@ def test_a_store_in_a_shared_mapping_may_be_on_the_disk_at_once_or_never(disk: C
     assert {(state["f"][0], state["f"][600]) for state in states(disk)} == {(2, 3)}
 
 
+def test_what_is_written_by_an_msync_storage_may_be_on_the_disk_when_half_of_a_sector_is_stored(
+    disk: CrashDisk,
+) -> None:
+    durable_file(disk, "f", b"a" * 1024)
+    file = disk.open("f", writable=True, sync_method=SyncMethod.MSYNC)
+    file.write_at(200, b"b" * 600)
+    whole = b"a" * 200 + b"b" * 600 + b"a" * 224
+    first, second = b"a" * 200 + b"b" * 56 + b"a" * 256, b"b" * 256 + b"a" * 256
+    assert {state["f"] for state in states(disk)} == {
+        one + other for one in (b"a" * 512, first, whole[:512]) for other in (b"a" * 512, second, whole[512:])
+    }
+    assert file.view() == whole
+    file.write_sync_at(0, b"b")
+    assert {state["f"][512:] for state in states(disk)} == {b"a" * 512, second, whole[512:]}
+    file.sync()
+    assert states(disk) == [{"f": b"b" + whole[1:]}]
+    with pytest.raises(OSError, match=f"Errno {errno.EFBIG}"):
+        file.write_at(1000, bytes(25))
+
+
 def test_damage_adds_garbage_in_the_sectors_that_were_being_written() -> None:
     disk = CrashDisk(name_durable=True, damage=True)
     durable_file(disk, "f", b"a" * 1024).write_at(0, b"b")
@@ -243,6 +260,29 @@ def test_a_sample_has_nothing_everything_each_missing_and_each_alone(disk: Crash
         assert sectors(lambda n, one=one: n == one) in found
         assert sectors(lambda n, one=one: n != one) in found
     assert 82 < len(found) <= 182
+
+
+def test_of_the_first_states_one_has_the_newest_effect_without_all_that_it_may_rely_on() -> None:
+    disk = CrashDisk()
+    durable_file(disk, "old", b"1" * 2000)
+    disk.create("new").write_at(0, b"2" * 2000)
+    disk.rename("old", "older")
+    renamed = list(disk.crash_states(max_states=4))
+    assert [contents(state) for state in renamed[:3]] == [
+        {},
+        {"older": b"1" * 2000, "new": b"2" * 2000},
+        {"older": b"1" * 2000},
+    ]
+    disk.open("older", writable=True).write_at(0, b"3" * 1000)
+    assert contents(list(disk.crash_states(max_states=4))[2]) == {"old": b"3" * 1000 + b"1" * 1000}
+
+
+def test_of_the_first_states_one_has_the_first_half_of_the_newest_write(disk: CrashDisk) -> None:
+    file = durable_file(disk, "f", b"1" * 4096)
+    file.write_at(0, b"2" * 4096)
+    file.write_at(1024, b"3" * 2048)
+    first = [contents(state)["f"] for state in disk.crash_states(max_states=4)][:4]
+    assert b"2" * 1024 + b"3" * 1024 + b"2" * 2048 in first
 
 
 def test_the_same_seed_gives_the_same_sample_and_another_seed_another(disk: CrashDisk) -> None:
@@ -404,6 +444,87 @@ def test_no_more_states_are_checked_than_allowed() -> None:
     assert stats.exhaustive_points < stats.points == 22
 
 
+def writes(*sectors: int) -> Callable[..., None]:
+    """Overwrites so many sectors of a durable file, and syncs; again for each number."""
+
+    def scenario(disk: CrashDisk, acknowledge: Callable[..., None]) -> None:
+        file = durable_file(disk, "f", bytes(SECTOR_BYTES * max(sectors)))
+        disk.sync_parent()
+        for turn, count in enumerate(sectors):
+            file.write_at(0, bytes([turn % 255 + 1]) * SECTOR_BYTES * count)
+            acknowledge(turn)
+            file.sync()
+
+    return scenario
+
+
+def checked_in_each_turn(*sectors: int, **options: Any) -> tuple[dict[int, list[bytes]], CrashStats]:
+    """What is checked of `writes`: in each turn the first byte of each sector, in the order of the checks."""
+    found: dict[int, list[bytes]] = {turn: [] for turn in range(-1, len(sectors))}
+
+    def check(disk: CrashDisk, acknowledged: list[int]) -> None:
+        if "f" in disk.names():
+            found[len(acknowledged) - 1].append(contents(disk)["f"][::SECTOR_BYTES])
+
+    stats = assert_crash_safe(writes(*sectors), check, **options)
+    return found, stats
+
+
+EARLY = (10, *[3] * 200)
+
+
+def test_a_place_is_sampled_only_when_the_states_of_all_are_more_than_max_states() -> None:
+    """Also an early one, with many behind it that have no use for their shares."""
+    whole, stats = checked_in_each_turn(*EARLY, max_states=20_000)
+    assert len(whole[0]) == len(set(whole[0])) == 1024
+    assert stats.exhaustive_points == stats.points > 400
+    exactly, fewer = (checked_in_each_turn(*EARLY, max_states=stats.distinct - less)[0] for less in (0, 1))
+    assert {turn: set(found) for turn, found in exactly.items()} == {t: set(f) for t, f in whole.items()}
+    assert len(fewer[0]) == 1023
+
+
+def test_without_max_states_every_place_with_at_most_twelve_unsynced_is_tried_whole() -> None:
+    found, stats = checked_in_each_turn(12, 20, 11, max_states=None)
+    assert (len(found[0]), len(found[2])) == (4096, 2048)
+    assert 4096 <= len(found[1]) < 5000
+    assert stats.points - stats.exhaustive_points == 1
+
+
+def test_places_that_can_be_tried_whole_with_half_of_max_states_are_tried_whole() -> None:
+    found, stats = checked_in_each_turn(10, *[20] * 100, 9, max_states=4000)
+    assert (len(found[0]), len(found[101])) == (1024, 512)
+    assert stats.distinct == 4000
+
+
+def test_places_that_are_sampled_get_the_same_share_wherever_they_are() -> None:
+    found, stats = checked_in_each_turn(20, *[1] * 50, 20, 20, max_states=3000)
+    shares = [len(found[turn]) for turn in (0, 51, 52)]
+    assert max(shares) - min(shares) <= 2
+    assert stats.distinct == 3000
+
+
+def test_where_there_is_not_one_for_each_place_some_are_tried_all_over_the_life() -> None:
+    found, stats = checked_in_each_turn(*[20] * 200, max_states=60)
+    tried = [turn for turn, states in found.items() if states]
+    assert stats.distinct == 60
+    assert len([turn for turn in tried if turn < 100]) > 10 < len([turn for turn in tried if turn >= 100])
+
+
+def test_a_sample_of_a_place_is_of_all_its_sectors() -> None:
+    found, _ = checked_in_each_turn(12, max_states=300)
+    mixed = [state for state in found[0] if 3 < state.count(1) < 9]
+    assert len(mixed) > 100
+    for sector in range(12):
+        kept = sum(state[sector] for state in mixed)
+        assert len(mixed) / 4 < kept < len(mixed) * 3 / 4
+
+
+def test_the_same_states_are_checked_in_the_same_order_with_the_same_seed_only() -> None:
+    sectors = (12, *[3] * 20, 20)
+    first, again, other = (checked_in_each_turn(*sectors, max_states=500, seed=s)[0] for s in (1, 1, 2))
+    assert first == again != other
+
+
 def test_a_crash_of_the_recovery_can_be_explored_from_a_state() -> None:
     """The rewrite of a log as its recovery: safe on its own, and found out with its sync left out."""
     disk = CrashDisk()
@@ -423,106 +544,3 @@ def test_a_crash_of_the_recovery_can_be_explored_from_a_state() -> None:
         assert_crash_safe(
             recovery(["renamed before the rewritten file is synced"]), check, disk=next(disk.crash_states())
         )
-
-
-# --- calls that fail -------------------------------------------------------------------------------------
-
-
-def run_toy(directory: Any) -> list[bytes]:
-    log = ToyLog(directory)
-    log.append(b"one")
-    log.append(b"two")
-    log.rewrite(lambda record: True)
-    return log.records
-
-
-def test_every_fault_goes_on_until_a_run_meets_none() -> None:
-    faults, ends = [], []
-    for fault in every_fault():
-        try:
-            ends.append(run_toy(FaultDirectory(MemoryDirectory(), fault)))
-        except OSError as e:
-            assert e.errno == errno.EIO
-            ends.append([])
-        faults.append(fault)
-    assert [fault.struck for fault in faults] == [True] * (len(faults) - 1) + [False]
-    assert ends[-1] == [b"one", b"two"]
-    assert not any(ends[:-1])
-    assert {str(fault.where).split()[0] for fault in faults[:-1]} == {
-        *("names", "create", "write", "sync", "rename", "dir_sync", "sync_parent", "close", "open", "read"),
-        "write_sync",
-    }
-
-
-@pytest.mark.parametrize(("when", "left"), [(When.BEFORE, b""), (When.AFTER, b"abcd"), (When.SHORT, b"ab")])
-def test_a_write_fails_before_or_after_its_effect_or_halfway(when: When, left: bytes) -> None:
-    disk = CrashDisk(name_durable=True)
-    fault = Fault(kinds="write", error=errno.ENOSPC, when=when)
-    file = FaultDirectory(disk, fault).create("f")
-    with pytest.raises(OSError, match="No space left") as caught:
-        file.write_at(0, b"abcd")
-    assert caught.value.errno == errno.ENOSPC
-    assert contents(disk) == {"f": left}
-    assert fault.where == "write f"
-    file.write_at(0, b"efgh")
-    assert contents(disk) == {"f": b"efgh"}
-
-
-def test_a_write_and_sync_can_write_all_and_fail_to_sync_it() -> None:
-    disk = CrashDisk(name_durable=True)
-    durable_file(disk, "f", b"aaaa")
-    file = FaultDirectory(disk, Fault(when=When.UNSYNCED, kinds="write_sync")).open("f", writable=True)
-    with pytest.raises(OSError, match="Input/output"):
-        file.write_sync_at(0, b"bbbb")
-    file.sync()
-    assert {state["f"] for state in states(disk)} == {b"aaaa", b"bbbb"}
-
-
-def test_a_failed_sync_is_not_made_up_for_by_the_next() -> None:
-    disk = CrashDisk(name_durable=True)
-    durable_file(disk, "f", b"a")
-    file = FaultDirectory(disk, Fault(kinds="sync")).open("f", writable=True)
-    file.write_at(0, b"b")
-    with pytest.raises(OSError, match="Input/output"):
-        file.sync()
-    file.sync()
-    assert len(states(disk)) == 2
-
-
-def test_a_fault_can_last_until_it_is_lifted() -> None:
-    fault = Fault(2, kinds={"create"}, error=errno.ENOSPC, times=None)
-    directory = FaultDirectory(MemoryDirectory(), fault)
-    directory.create("1").close()
-    for _ in range(3):
-        with pytest.raises(OSError, match="No space"):
-            directory.create("2")
-    fault.lift()
-    directory.create("2").close()
-    assert directory.names() == ["1", "2"]
-    assert fault.calls == 5
-
-
-def test_faults_reach_into_subdirectories_and_count_there() -> None:
-    directory = FaultDirectory(CrashDisk(), Fault(kinds="create"))
-    with pytest.raises(OSError, match="Input/output"):
-        directory.subdirectory("sub").create("f")
-    directory.subdirectory("sub").create("f").close()
-
-
-def test_one_storage_can_fail_by_itself() -> None:
-    storage = FaultStorage(
-        MemoryStorage(b"abcd"), Fault(2, kinds="write", error=errno.ENOSPC, when=When.SHORT)
-    )
-    storage.write_at(0, b"1")
-    with pytest.raises(OSError, match="No space left") as caught:
-        storage.write_at(2, b"34")
-    assert caught.value.filename == "storage"
-    assert bytes(storage.read_at(0, 4)) == b"1b3d"
-    storage.sync()
-
-
-def test_a_fault_of_an_unknown_kind_is_refused() -> None:
-    with pytest.raises(ValueError, match="fsync"):
-        Fault(kinds="fsync")
-    with pytest.raises(ValueError, match="0"):
-        Fault(0)

@@ -42,6 +42,13 @@ def test_the_same_where_a_commit_is_a_write_and_then_a_sync(
 
 
 @parametrize_scripts
+def test_the_same_where_a_commit_is_a_store_in_a_mapping_and_then_an_msync(
+    script: Script, crash_states: int, images: Images
+) -> None:
+    explore(images, script, crash_states // 4, CrashDisk(sync_method=SyncMethod.MSYNC))
+
+
+@parametrize_scripts
 def test_aligned_commits_survive_sectors_that_are_damaged_while_they_are_written(
     script: Script, crash_states: int, images: Images
 ) -> None:
@@ -77,3 +84,11 @@ def test_of_what_is_not_synced_only_the_last_is_lost(
     script: Script, durability: Durability, crash_states: int, images: Images
 ) -> None:
     explore(images, script, crash_states // 2, durability=durability)
+
+
+@pytest.mark.parametrize("script", [syncs_now_and_then, scripts.dies_and_opens_again])
+def test_the_same_of_what_is_stored_in_a_mapping_and_not_synced(
+    script: Script, crash_states: int, images: Images
+) -> None:
+    disk = CrashDisk(sync_method=SyncMethod.MSYNC)
+    explore(images, script, crash_states // 2, disk, durability=Durability.OS)

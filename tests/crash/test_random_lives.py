@@ -25,6 +25,7 @@ from mmapwal import (
 from mmapwal import format as fmt
 from mmapwal.storage import Directory
 from mmapwal.testing import CrashDisk, Fault, FaultDirectory, When
+from mmapwal.verify import UNREADABLE
 
 from .story import Contents, Note, Story, check, close_dead, contents_of
 
@@ -50,7 +51,7 @@ class RandomLife:
     def __init__(self, seed: int) -> None:
         self.rng = rng = random.Random(seed)
         align = rng.choice([0, 0, 0, 512, 512, 4096])
-        method = rng.choice([SyncMethod.DSYNC, SyncMethod.FDATASYNC])
+        method = rng.choice([SyncMethod.DSYNC, SyncMethod.FDATASYNC, SyncMethod.MSYNC])
         self.disk = CrashDisk(sync_method=method, damage=align > 0 and rng.random() < 0.5)
         self.slots = rng.choice([16, 16, 16, 3, 64])
         self.removals_max = rng.choice([fmt.REMOVALS_MAX, 3])
@@ -127,6 +128,8 @@ class RandomLife:
     def verify(self, story: Story) -> None:
         self.say("verify")
         report = story.journal.verify()
+        if report.problems and all(p.reason == UNREADABLE for p in report.problems):
+            raise OSError(errno.EIO, "told as a problem")  # as act() knows: by a fault alone
         assert report.ok, report.problems
 
     # --- lives

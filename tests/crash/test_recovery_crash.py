@@ -120,5 +120,11 @@ def test_the_same_where_a_commit_is_a_write_and_then_a_sync(crash_states: int, i
     )
 
 
+def test_the_same_where_a_commit_is_a_store_in_a_mapping_and_then_an_msync(
+    crash_states: int, images: Images
+) -> None:
+    explore(images, dies_with_a_torn_batch, crash_states // 20, disk=CrashDisk(sync_method=SyncMethod.MSYNC))
+
+
 def test_a_clean_close_survives_a_crash_of_the_next_open(crash_states: int, images: Images) -> None:
     explore(images, scripts.closes_and_opens_again, crash_states // 10)

@@ -180,6 +180,52 @@ def test_live_runs_share_their_blocks_where_the_file_system_can(
         assert all(count % 4096 == 0 for count in shared)
 
 
+FIEMAP, SYNC_FIRST, SHARED = 0xC020660B, 1, 0x2000  # linux/fiemap.h
+
+
+def shared_bytes(file: Path) -> int:
+    """Of a file: what lies in blocks that another file has as well."""
+    count = 512
+    asked = struct.pack("<QQIIII", 0, 2**64 - 1, SYNC_FIRST, 0, count, 0)
+    room = bytearray(asked + bytes(56 * count))
+    with file.open("rb") as f:
+        fcntl.ioctl(f, FIEMAP, room)
+    (found,) = struct.unpack_from("<I", room, 20)
+    extents = [struct.unpack_from("<QQQQQI", room, 32 + 56 * n) for n in range(found)]
+    return sum(length for _, _, length, _, _, flags in extents if flags & SHARED)
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs"])
+@pytest.mark.parametrize("in_use", [False, True])
+def test_a_backup_shares_the_blocks_of_whole_segments_where_the_file_system_can(
+    make_filesystem: Callable[[str], Filesystem], kind: str, *, in_use: bool
+) -> None:
+    place = make_filesystem(kind).path
+    with Journal(place / "j", **SIZES) as journal:
+        append(journal, 400)
+        if in_use:
+            with Journal(place / "j", readonly=True) as reader:
+                reader.backup(place / "copy")
+        else:
+            journal.backup(place / "copy")
+        left = sorted((place / "copy").glob("segment-*"))[:-1]
+        assert len(left) > 3
+        shared = [shared_bytes(segment) for segment in left]
+        if kind == "ext4":
+            assert sum(shared) == 0
+        else:
+            assert min(shared) >= 0.75 * SIZES["segment_bytes"]  # but the header and the last block
+        append(journal, 10)  # into blocks that are shared
+        living = contents(journal)
+    with Journal(place / "copy") as copy:
+        assert contents(copy) == expected(range(1, 401))
+        copy.append(b"of the copy")
+        assert copy.verify().ok
+    with Journal(place / "j") as journal:
+        assert contents(journal) == living
+        assert journal.verify().ok
+
+
 def test_what_was_truncated_never_comes_back(place: Path, method: SyncMethod) -> None:
     with Journal(place / "j", sync_method=method, **SIZES) as journal:
         append(journal, 300)

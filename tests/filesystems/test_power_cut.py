@@ -99,10 +99,10 @@ LEVELS = """
 import os, sys, time
 from mmapwal import Durability, Journal
 interval = float(sys.argv[2])
-journal = Journal(sys.argv[1], slots=8192, segment_bytes=65536, durability=Durability[sys.argv[3]],
+journal = Journal(sys.argv[1], slots=1 << 16, segment_bytes=65536, durability=Durability[sys.argv[3]],
                   sync_interval_ms=interval or None)
 durable = journal.last_op or 0
-for n in range(durable + 1, 8192):
+for n in range(durable + 1, 1 << 16):
     journal.append(b"entry %d" % n * (1 + n % 30))
     if n % 37 == 0:
         if not interval:

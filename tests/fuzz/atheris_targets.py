@@ -1,4 +1,5 @@
-"""The fuzzers under atheris, guided by the coverage of the Python code. Not a test: atheris is no dependency.
+"""The fuzzers under atheris, guided by the coverage of the Python code. atheris is no dependency; where it
+is installed, test_atheris.py runs each target for a while.
 
     pip install atheris; python -m tests.fuzz.atheris_targets [TARGET] [options of libFuzzer]
 

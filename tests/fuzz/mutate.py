@@ -62,11 +62,19 @@ class Mutation:
         for _ in range(1 + source.below(MUTATIONS_MAX)):
             self._mutate()
         self.touched = {n for n in self.touched if self.files.get(n) != self.grown.image.get(n)}
+        self.mended: set[str] = set()
+        """What has right checksums again, where they are looked for."""
         if repaired:
             self._repair()
 
     def __str__(self) -> str:
         return f"{self.target}{', repaired' * self.repaired}: {'; '.join(self.log)}"
+
+    @property
+    def is_past_checksums(self) -> bool:
+        """Whether something was changed, and no checksum tells of it."""
+        changed = self.touched & self.files.keys()
+        return bool(changed) and changed <= self.mended
 
     # --- what is mutated
 
@@ -230,37 +238,32 @@ class Mutation:
     def _superblock_field(self, name: str, data: bytearray) -> None:
         self._set(data, fmt.SUPERBLOCK_HEAD, 0, names_of(fmt.SUPERBLOCK_HEAD))
 
-    def _rows(self, data: bytearray) -> list[tuple[int, np.dtype[Any]]]:
-        """Where the segments and removals of a superblock are."""
+    def _rows(self, data: bytearray) -> list[tuple[int, str, np.dtype[Any]]]:
+        """Where the rows of a superblock are, the field that counts them, and what they are."""
         if len(data) < fmt.SUPERBLOCK_HEAD.itemsize:
             return []
-        head: Any = np.frombuffer(bytes(data), fmt.SUPERBLOCK_HEAD, 1)[0]
-        at, rows = fmt.SUPERBLOCK_HEAD.itemsize, []
-        for count, dtype in (
-            (int(head["segment_count"]), fmt.SUPERBLOCK_SEGMENT),
-            (int(head["removal_count"]), fmt.SUPERBLOCK_REMOVAL),
-        ):
-            for _ in range(min(count, 100)):
-                rows.append((at, dtype))
-                at += dtype.itemsize
-        return [(at, dtype) for at, dtype in rows if at + dtype.itemsize <= len(data)]
+        head = head_of(data)
+        return [
+            (at + n * row.itemsize, count, row)
+            for at, (count, row) in zip(fmt.superblock_places(head), fmt.SUPERBLOCK_LISTS, strict=False)
+            for n in range(min(int(head[count]), 100))
+            if at + (n + 1) * row.itemsize <= len(data)
+        ]
 
     def _row_field(self, name: str, data: bytearray) -> None:
         rows = self._rows(data)
         if rows:
-            at, dtype = self.source.pick(rows)
+            at, _, dtype = self.source.pick(rows)
             self._set(data, dtype, at, names_of(dtype))
 
     def _rows_moved(self, name: str, data: bytearray) -> None:
-        """A segment or removal twice, gone, or in another's place; the counts follow."""
+        """A segment, removal or cut twice, gone, or in another's place; the counts follow."""
         rows = self._rows(data)
         if not rows:
             return
-        at, dtype = self.source.pick(rows)
+        at, counted, dtype = self.source.pick(rows)
         row = bytes(data[at : at + dtype.itemsize])
-        count_at = (fmt.SUPERBLOCK_HEAD.fields or {})[
-            "segment_count" if dtype is fmt.SUPERBLOCK_SEGMENT else "removal_count"
-        ][1]
+        count_at = (fmt.SUPERBLOCK_HEAD.fields or {})[counted][1]
         count = int.from_bytes(data[count_at : count_at + 4], "little")
         match self.source.below(3):
             case 0:
@@ -271,7 +274,7 @@ class Mutation:
                 data[at:at] = row * times
                 count += times
             case _:
-                to = self.source.pick([a for a, d in rows if d is dtype])
+                to = self.source.pick([a for a, c, _ in rows if c == counted])
                 data[at : at + len(row)], data[to : to + len(row)] = data[to : to + len(row)], row
         data[count_at : count_at + 4] = (count % 2**32).to_bytes(4, "little")
         data[12:16] = (superblock_bytes(data) % 2**32).to_bytes(4, "little")
@@ -293,12 +296,16 @@ class Mutation:
                 case "segment":
                     record = segment_of(superblock, name)
                     segment_id = record.id if record is not None else int(name[8:24], 16)
-                    repair_segment(data, fmt.segment_salt(superblock.uuid, segment_id), depth)
+                    mended = repair_segment(data, fmt.segment_salt(superblock.uuid, segment_id), depth)
                 case "index":
-                    repair_index(data)
+                    mended = repair_index(data)
                 case "snapshot":
-                    repair_snapshot(data)
+                    mended = repair_snapshot(data)
+                case _:
+                    continue
             self.files[name] = bytes(data)
+            if mended:
+                self.mended.add(name)
         self.files |= {n: d for n, d in self._paired().items() if n in self.files}
 
     def _sealed_superblock(self) -> bytes:
@@ -318,7 +325,8 @@ class Mutation:
         if paired in self.touched & self.files.keys():
             head["snapshot_crc"] = fmt.crc32c(self.files[paired][fmt.SNAPSHOT_HEADER.itemsize :])
         del head
-        repair_superblock(data)
+        if repair_superblock(data):
+            self.mended.add(fmt.SUPERBLOCK_NAME)
         return {fmt.SUPERBLOCK_NAME: bytes(data)}
 
 
@@ -332,12 +340,12 @@ def kind_of(path: str) -> str:
     return path.partition("-")[0].partition(".")[0]
 
 
-def repair_segment(data: bytearray, salt: int, depth: int) -> None:
+def repair_segment(data: bytearray, salt: int, depth: int) -> bool:
     """Checksums of the header and of each frame that the lengths lead to; `depth` 1: links too, 2: places
-    and payloads too."""
+    and payloads too. Whether there was a header to begin with."""
     header_bytes = fmt.SEGMENT_HEADER.itemsize
     if len(data) < header_bytes:
-        return
+        return False
     data[header_bytes - 4 : header_bytes] = fmt.crc32c(data[: header_bytes - 4]).to_bytes(4, "little")
     base = int(np.frombuffer(data, fmt.SEGMENT_HEADER, 1)["base_lsn"][0])
     link = salt
@@ -355,11 +363,13 @@ def repair_segment(data: bytearray, salt: int, depth: int) -> None:
         frame["header_crc"] = crc
         link = int(frame["payload_crc"][0]) if int(frame["type"][0]) == lib.MW_GAP else crc
         del frame
+    return True
 
 
-def repair_index(data: bytearray) -> None:
+def repair_index(data: bytearray) -> bool:
+    """Of the page: the header's, and those of the progress. Whether there is a page."""
     if len(data) < fmt.INDEX_HEADER.itemsize:
-        return
+        return False
     crc = fmt.crc32c(bytes(data[: fmt.INDEX_CRC_OFFSET]))
     data[fmt.INDEX_CRC_OFFSET : fmt.INDEX_CRC_OFFSET + 4] = crc.to_bytes(4, "little")
     salt = int(np.frombuffer(data, fmt.INDEX_HEADER, 1)["salt"][0])
@@ -367,29 +377,35 @@ def repair_index(data: bytearray) -> None:
         at = fmt.INDEX_PROGRESS_OFFSET + n * fmt.PROGRESS.itemsize
         check = fmt.crc32c(bytes(data[at : at + 28]), salt)
         data[at + 28 : at + 32] = check.to_bytes(4, "little")
+    return True
+
+
+def head_of(data: bytearray) -> Any:
+    return np.frombuffer(bytes(data), fmt.SUPERBLOCK_HEAD, 1)[0]
 
 
 def superblock_bytes(data: bytearray) -> int:
     """How long a superblock has to be, by its counts."""
-    head: Any = np.frombuffer(bytes(data), fmt.SUPERBLOCK_HEAD, 1)[0]
-    segments = int(head["segment_count"]) * fmt.SUPERBLOCK_SEGMENT.itemsize
-    removals = int(head["removal_count"]) * fmt.SUPERBLOCK_REMOVAL.itemsize
-    return fmt.SUPERBLOCK_HEAD.itemsize + segments + removals + 4
+    return fmt.superblock_places(head_of(data))[-1] + 4
 
 
-def repair_superblock(data: bytearray) -> None:
+def repair_superblock(data: bytearray) -> bool:
+    """Whether its length fits its contents: else nobody asks for the checksum."""
     if len(data) < fmt.SUPERBLOCK_HEAD.itemsize + 4:
-        return
-    size = int.from_bytes(data[12:16], "little")
-    end = superblock_bytes(data) - 4
-    if end + 4 == size <= len(data):
-        data[end : end + 4] = fmt.crc32c(bytes(data[:end])).to_bytes(4, "little")
+        return False
+    size = superblock_bytes(data)
+    if not int(head_of(data)["bytes"]) == size <= len(data):
+        return False
+    data[size - 4 : size] = fmt.crc32c(bytes(data[: size - 4])).to_bytes(4, "little")
+    return True
 
 
-def repair_snapshot(data: bytearray) -> None:
+def repair_snapshot(data: bytearray) -> bool:
+    """Whether there is a header."""
     header_bytes = fmt.SNAPSHOT_HEADER.itemsize
     if len(data) < header_bytes:
-        return
+        return False
     crc = fmt.crc32c(bytes(data[header_bytes:]))
     data[header_bytes - 8 : header_bytes - 4] = crc.to_bytes(4, "little")
     data[header_bytes - 4 : header_bytes] = fmt.crc32c(bytes(data[: header_bytes - 4])).to_bytes(4, "little")
+    return True

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from mmapwal import Journal, JournalError, inspect, recover
+from mmapwal import ExhaustedError, Journal, JournalError, inspect, recover, repair
 from mmapwal import format as fmt
 from mmapwal._native import lib
 from mmapwal.storage import Directory, SystemDirectory
@@ -116,6 +116,7 @@ def examine(mutation: Mutation, path: Path | None = None) -> str:
             typed("inspect", lambda: inspect(SmallDisk(directory)))
         outcome = _open(ground, mutation)
         _replica(ground, mutation)
+        _repair(mutation)
     return outcome
 
 
@@ -267,6 +268,29 @@ def _work(journal: Journal, disk: SmallDisk) -> None:
     for name, action in actions.items():
         disk.calls = 0
         typed(name, action, ValueError)  # no op is left behind the highest one
+
+
+def _repair(mutation: Mutation) -> None:
+    """A copy of the files is repaired, or it is told why not and they are as they were. What is repaired
+    opens, and has no entry but theirs."""
+    ground = Ground(mutation.files, None)
+    with ground.directory() as directory:
+        report = typed("repair", lambda: repair(SmallDisk(directory)))
+    if report is None or not report.changed:
+        assert _ours(ground.files()) == _ours(ground.image), "not repaired, and yet changed"
+    if report is None:
+        return
+    with ground.directory() as directory:
+        try:
+            journal = Journal("j", storage=SmallDisk(directory), create=False)
+        except (ExhaustedError, OSError):
+            return
+        try:
+            found = look(journal)
+            assert found is not None or report.remaining, "repaired, and yet something is wrong"
+            _nothing_invented(journal, mutation, found or {})
+        finally:
+            typed("close", journal.close)
 
 
 def _replica(ground: Ground, mutation: Mutation) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mmapwal import CorruptionError, Journal, MemoryDirectory, inspect
+from mmapwal import CorruptionError, Journal, JournalError, MemoryDirectory, inspect
 from mmapwal import format as fmt
 from mmapwal.index import rebuilt_slots
-from mmapwal.superblock import Seal, SegmentRecord, Superblock
+from mmapwal.superblock import Cut, Removal, Seal, SegmentRecord, Superblock, SuperblockFile
 
 from .images import files_of, memory_of
 from .mutate import repair_index
@@ -53,12 +53,19 @@ CONTRADICTIONS: dict[str, dict[str, Any]] = {
     "an id that is still to come": {"segments": (FIRST, replace(SECOND, id=4))},
     "the last generation": {"segments": (FIRST, replace(SECOND, generation=2**32 - 1))},
     "an end outside its segment": {"segments": (replace(FIRST, end_lsn=16392), SECOND)},
+    "a segment behind the last LSN": {"segments": (replace(FIRST, base_lsn=2**63 - 8192),)},
     "a seal that counts more than there are slots": {"seal": replace(GOOD.seal, live=17, last_op=99)},
     "a seal that counts more than its ops": {"seal": replace(GOOD.seal, live=5)},
     "a seal with ops below the watermark": {"seal": replace(GOOD.seal, first_op=5)},
     "a seal with ops and no entries": {"seal": replace(GOOD.seal, live=0)},
     "a seal behind all segments": {"seal": replace(GOOD.seal, lsn=28680)},
     "a seal before the epoch": {"seal": replace(GOOD.seal, lsn=19992)},
+    "a removal of no op": {"removals": (Removal(0, 3, 16384),)},
+    "a removal behind all segments": {"removals": (Removal(6, 7, 28680),)},
+    "more removals than there is room for": {"removals": (Removal(6, 7, 16384),) * (fmt.REMOVALS_MAX + 1)},
+    "a cut of no op": {"cuts": (Cut(7, 2**63),)},
+    "a cut that is still to come": {"cuts": (Cut(8, 6),)},
+    "more cuts than there is room for": {"cuts": (Cut(7, 6),) * (fmt.CUTS_MAX + 1)},
 }
 
 
@@ -77,6 +84,16 @@ def test_a_superblock_that_contradicts_itself_is_refused_though_its_checksum_is_
     assert not inspect(directory).ok
 
 
+@pytest.mark.parametrize("fields", CONTRADICTIONS.values(), ids=CONTRADICTIONS.keys())
+def test_what_would_be_refused_when_it_is_read_is_not_written(fields: dict[str, Any]) -> None:
+    directory = MemoryDirectory()
+    new = replace(GOOD, **fields)
+    file = SuperblockFile(directory, replace(GOOD, sequence=new.sequence - 1))
+    with pytest.raises(JournalError, match=r"cannot go on|contradict itself"):
+        file.commit(new)
+    assert directory.names() == []
+
+
 @pytest.mark.parametrize(
     ("field", "value"), [("flags", 4), ("user_bytes", 129), ("removal_count", fmt.REMOVALS_MAX + 1)]
 )
@@ -86,7 +103,7 @@ def test_a_superblock_with_what_nobody_sets_is_refused(field: str, value: int) -
     head: Any = np.frombuffer(body, fmt.SUPERBLOCK_HEAD, 1)
     head[field], head["bytes"] = value, len(body) + 4
     del head
-    with pytest.raises(ValueError, match="it has"):
+    with pytest.raises(ValueError, match=r"it has|65 removals"):
         Superblock.decode(bytes(body) + fmt.crc32c(bytes(body)).to_bytes(4, "little"))
 
 

@@ -42,9 +42,11 @@ def test_whatever_the_files_hold_opening_ends_as_documented(
     target: str, repaired: bool, inputs: int, tally: Tally
 ) -> None:
     outcomes: Counter[str] = Counter()
+    past = [0]
 
     def check(data: bytes) -> None:
         mutation = Mutation(data, target, repaired=repaired)
+        past[0] += mutation.is_past_checksums
         try:
             outcomes[examine(mutation)] += 1
         except Exception as e:
@@ -53,6 +55,8 @@ def test_whatever_the_files_hold_opening_ends_as_documented(
 
     fuzz(check, inputs)
     tally(f"inputs fuzzed: {target}", outcomes.total())
+    if repaired:
+        tally(f"inputs past all checksums: {target}", past[0])
 
 
 @pytest.mark.parametrize("repaired", [False, True], ids=["as it is", "checksums right"])
@@ -61,9 +65,11 @@ def test_whatever_mapped_files_hold_opening_ends_as_documented(
     target: str, repaired: bool, inputs: int, tmp_path: Path, tally: Tally
 ) -> None:
     outcomes: Counter[str] = Counter()
+    past = [0]
 
     def check(data: bytes) -> None:
         mutation = Mutation(data, target, repaired=repaired)
+        past[0] += mutation.is_past_checksums
         path = tmp_path / "j"
         path.mkdir()
         try:
@@ -76,3 +82,5 @@ def test_whatever_mapped_files_hold_opening_ends_as_documented(
 
     fuzz(check, max(1, inputs // MAPPED_SHARE))
     tally(f"inputs fuzzed: {target}, mapped", outcomes.total())
+    if repaired:
+        tally(f"inputs past all checksums: {target}, mapped", past[0])

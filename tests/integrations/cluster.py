@@ -29,8 +29,8 @@ def say(**what):
 
 class Store(SyncObj):
     def __init__(self):
-        settings = dict(autoTickPeriod=0.01, raftMinTimeout=0.4, raftMaxTimeout=0.8, appendEntriesPeriod=0.02,
-                        connectionRetryTime=0.1, leaderFallbackTimeout=2.0, **json.loads(conf))
+        settings = dict(autoTickPeriod=0.01, raftMinTimeout=1.5, raftMaxTimeout=3.0, appendEntriesPeriod=0.02,
+                        connectionRetryTime=0.1, leaderFallbackTimeout=10.0, **json.loads(conf))
         settings = SyncObjConf(**settings)
         super().__init__(me, others, **use_mmapwal(folder, settings, **json.loads(options)))
         self.values = {}

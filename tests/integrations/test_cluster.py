@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from .cluster import Cluster, cluster_of
+from .cluster import Cluster, Node, cluster_of
 from .test_pysyncobj import free_ports
 
 WRITES = 5000
@@ -76,36 +76,71 @@ def test_a_node_that_lost_its_directory_comes_back_by_a_dump_of_the_others(tmp_p
         shutil.rmtree(tmp_path / lost.rpartition(":")[2])
         (node,) = cluster.start(lost)
         cluster.until_all_have(expected)
+        cluster.until(lambda: node.ask(state=True)["last"] >= len(expected))  # of a dump the state is first
         assert node.ask(state=True)["gone"] > 500  # these entries never came one by one
         cluster.kill(lost)
         cluster.start(lost)
         cluster.until_all_have(expected)
 
 
+def fill(place: Path) -> Path:
+    """Takes all the space there is; the file that does."""
+    ballast = place / "ballast"
+    with pytest.raises(OSError, match="No space"), ballast.open("wb") as f:
+        while True:
+            f.write(bytes(4096))
+    return ballast
+
+
+def leader_of(cluster: Cluster, nodes: dict[str, Node]) -> str:
+    """The one of these that all of these follow."""
+    found: set[str] = set()
+
+    def agreed() -> bool:
+        found.clear()
+        found.update(node.ask(state=True)["leader"] for node in nodes.values())
+        return len(found) == 1 and found <= set(nodes)
+
+    cluster.until(agreed)
+    return found.pop()
+
+
+def assert_said_once(node: Node, what: str) -> None:
+    """And no traceback beside."""
+    assert sum(what in line for line in node.complaints) == 1, node.complaints
+    assert not any("failed _onTick" in line for line in node.complaints)
+
+
 @pytest.mark.root
+@pytest.mark.parametrize("whose", ["a follower", "the leader"])
 def test_a_node_with_a_full_disk_says_so_and_the_cluster_goes_on_and_it_comes_back_with_space(
-    tmp_path: Path, mount_tmpfs: Callable[[Path, str], None]
+    tmp_path: Path, mount_tmpfs: Callable[[Path, str], None], whose: str
 ) -> None:
     addresses = free_ports(3)
     places = {address: tmp_path / address.rpartition(":")[2] for address in addresses}
     for place in places.values():
         place.mkdir()
-        mount_tmpfs(place, "6m")
-    options = {"slots": 16384, "segment_bytes": 1 << 18}
+        mount_tmpfs(place, "9m")
+    options = {"slots": 65536, "segment_bytes": 1 << 18}
     with cluster_of(tmp_path, addresses, options, {"logCompactionMinEntries": 10**6}) as cluster:
         cluster.start()
         leader = cluster.leader()
-        full = next(address for address in addresses if address != leader)
-        ballast = places[full] / "ballast"
-        with pytest.raises(OSError, match="No space"), ballast.open("wb") as f:
-            while True:
-                f.write(bytes(4096))
-        expected = write(cluster, leader, 0, WRITES)
-        others = {address: node for address, node in cluster.nodes.items() if address != full}
-        cluster.until(lambda: all(expected.items() <= n.values().items() for n in others.values()))
+        full = leader if whose == "the leader" else next(a for a in addresses if a != leader)
         node = cluster.nodes[full]
-        assert "No space" in node.ask(state=True)["failure"]
-        assert sum("this node stops" in line and "No space" in line for line in node.complaints) == 1
+        others = {address: other for address, other in cluster.nodes.items() if address != full}
+        ballast = fill(places[full])
+        cluster.nodes[leader].put(0, WRITES)
+        cluster.until(lambda: "No space" in node.ask(state=True)["failure"])
+        writer = leader_of(cluster, others)
+        expected = write(cluster, writer, 100_000, WRITES)
+        cluster.until(lambda: all(expected.items() <= n.values().items() for n in others.values()))
+        assert_said_once(node, "this node stops: [Errno 28] No space")
         ballast.unlink()
+        writers = [cluster.nodes[address] for address in {leader, writer}]
+        cluster.until(lambda: sum(len(n.acknowledged) + len(n.errors) for n in writers) == 2 * WRITES)
+        for each in cluster.nodes.values():  # also what the full one had acknowledged
+            expected |= each.acknowledged
         cluster.until_all_have(expected)
         assert not node.ask(state=True)["failure"]
+        assert_said_once(node, "this node stops")
+        assert_said_once(node, "this node goes on")

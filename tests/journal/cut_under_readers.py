@@ -47,6 +47,7 @@ def main(path: str, what: str, faults: str) -> None:
         "compact": lambda n: journal.compact(),
         "stats": lambda n: journal.stats(),
     }
+    journal._engine.prepare_segment()  # none gets its name while they are cut
     for way in ways.values():  # all is mapped
         way(0)
     ended: dict[str, Counter[str]] = {name: Counter() for name in ways}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
@@ -171,11 +172,33 @@ def contents_of(journal: Journal) -> Contents:
     return found
 
 
+@contextmanager
+def making_none(journal: Journal) -> Iterator[None]:
+    """No segment is made in the background meanwhile."""
+    with journal._engine.structure:  # none is begun
+        journal._engine._preparer.give_back()  # one that was begun takes its steps without the lock
+        yield
+
+
+@contextmanager
+def at_rest(journal: Journal) -> Iterator[None]:
+    """Nothing is done in the background meanwhile: no segment is made, and none goes."""
+    with making_none(journal):
+        journal._engine.disposal.wait()
+        yield
+
+
 def killed(home: Home, journal: Journal) -> Home:
     """Another home with what kill -9 would leave at this instant. The thread that prepares segments is
     held still, so that the copy is of one moment."""
     with journal._engine.structure:
         return home.after_kill()
+
+
+def killed_at_rest(home: Home, journal: Journal) -> Home:
+    """The same, when no segment is in the making."""
+    with at_rest(journal):
+        return killed(home, journal)
 
 
 def without_index(home: Home) -> Home:
@@ -224,7 +247,7 @@ def refused_call(error: Errors, journal: Journal, call: Callable[[], Any]) -> An
     """The call raises `error`, writes nothing, and the journal is what it was. The error."""
     engine = journal._engine
     raised = None
-    with engine.structure:  # holds the thread still that prepares segments
+    with at_rest(journal):
         before = bytes_of(engine.directory), journal.written_lsn, len(journal), journal.snapshot_op
         try:
             call()

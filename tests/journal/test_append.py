@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mmapwal import DuplicateOpError, Entry, MissingOpError, PayloadTooLargeError
+from mmapwal import DuplicateOpError, Entry, ExhaustedError, MissingOpError, PayloadTooLargeError
 from mmapwal import format as fmt
 
 from .files import ROOM, SMALL, Home, contents_of, frames_of, killed, refused_call
@@ -82,7 +82,7 @@ def test_ops_may_be_anywhere_up_to_the_largest(home: Home) -> None:
     assert contents_of(journal) == {op: (b"%d" % op, 0) for op in far}
     assert [e.op for e in journal.entries(2, OP_MAX - 1)] == far[1:3]
     assert journal.remaining_capacity == 0
-    refused_call(ValueError, journal, lambda: journal.append(b"none is left"))
+    refused_call(ExhaustedError, journal, lambda: journal.append(b"none is left"))
 
 
 @parametrize_ends

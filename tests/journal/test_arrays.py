@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import gc
+import random
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
-from mmapwal import Columns, CorruptionError, Durability, Journal
-from mmapwal.columns import HEADERS
+from mmapwal import Columns, CorruptionError, Durability, Journal, reader
+from mmapwal.columns import HEADERS, Collection
 
 from .files import SMALL, Home, entry_frames, flip
 
@@ -188,11 +190,30 @@ def test_an_array_with_a_damaged_row_is_refused(home: Home, op: int) -> None:
 # --- columns --------------------------------------------------------------------------------------------
 
 
-def test_columns_are_what_the_entries_and_headers_say(home: Home) -> None:
+@pytest.fixture(params=[1, 2], ids=["alone", "halves"])
+def takers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """By how many threads columns of two rows and more are gathered; and those that did."""
+    monkeypatch.setattr(reader, "threads_for", lambda _: request.param)
+    monkeypatch.setattr(reader, "SPLIT_ROWS", 2)
+    seen: set[int] = set()
+    take = Collection.take
+
+    def noting(*args: Any) -> int:
+        seen.add(threading.get_ident())
+        return take(*args)
+
+    monkeypatch.setattr(Collection, "take", noting)
+    return seen
+
+
+def test_columns_are_what_the_entries_and_headers_say(
+    home: Home, takers: set[int], request: pytest.FixtureRequest
+) -> None:
     journal = home.open(slots=4096, segment_bytes=16384, durability=Durability.OS)
     for op in range(1, 900):
         journal.append(row(op, 8 * (op % 9)), op=op + op // 100, kind=op % 300, timestamp=-op)
     columns = journal.columns(5, 850)
+    assert len(takers) == request.node.callspec.params["takers"]
     assert isinstance(columns, Columns)
     entries, headers = list(journal.entries(5, 850)), journal.headers(5, 850)
     assert len(columns) == len(entries) > 800
@@ -207,6 +228,39 @@ def test_columns_are_what_the_entries_and_headers_say(home: Home) -> None:
     assert all(view.readonly for view in columns.views)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_columns_have_each_live_op_once_and_in_order_wherever_gaps_are(
+    home: Home, takers: set[int], seed: int
+) -> None:
+    chance = random.Random(seed)
+    journal = home.open(slots=4096, segment_bytes=16384, durability=Durability.OS)
+    width = chance.choice([900, 3000, 2**50])  # the last: few of a wide range
+    ops = chance.sample(range(1, width + 1), 600)
+    ops = [op for slot, op in {op % 4096: op for op in ops}.items()]
+    if seed % 2:  # one half has no gaps, the other many
+        ops = [op for op in ops if op > width // 2 or op % 7 == 0]
+    for op in ops:
+        journal.append(row(op, 8 * (op % 5)), op=op)
+    first, last = sorted(chance.sample(range(1, width + 1), 2)) if seed % 3 else (1, width)
+    columns = journal.columns(first, last)
+    assert columns.ops.tolist() == sorted(op for op in ops if first <= op <= last)
+    assert [bytes(columns.payload(r)) for r in range(len(columns))] == [
+        row(op, 8 * (op % 5)) for op in columns.ops.tolist()
+    ]
+
+
+@pytest.mark.parametrize("op", [1, 350, 351, 700])
+def test_columns_with_a_damaged_row_in_either_half_are_refused(home: Home, takers: set[int], op: int) -> None:
+    journal = filled(home, 700)
+    journal.sync()
+    frame = entry_frames(home.directory())[op]
+    flip(home.directory(), frame.name, frame.payload_at)
+    with pytest.raises(CorruptionError) as raised:
+        journal.columns()
+    assert raised.value.op == op
+
+
+@pytest.mark.usefixtures("takers")
 def test_columns_of_few_ops_in_a_wide_range_take_little(home: Home) -> None:
     journal = home.open(**SMALL)
     for op in (3, 2**40, 2**62 + 1):
@@ -215,6 +269,7 @@ def test_columns_of_few_ops_in_a_wide_range_take_little(home: Home) -> None:
     assert [bytes(a) for a in map(np.ascontiguousarray, journal.arrays(3, 3))] == [b"3"]
 
 
+@pytest.mark.usefixtures("takers")
 def test_columns_are_of_what_lived_when_they_were_asked_for_whatever_fills_a_gap_meanwhile(
     home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from mmapwal import Durability, Journal, PoisonedError
+from mmapwal import Durability, Journal, LockedError, PoisonedError
 from mmapwal.testing import Call
 
 from .files import SMALL, Home, after_kill, contents_of, killed
-from .watched import WAIT_S, Task, Watched
+from .watched import WAIT_S, Gate, Task, Watched
 
 RELAXED = pytest.mark.parametrize("durability", [Durability.OS, Durability.BUFFERED])
 HOUR_MS = 3_600_000.0
@@ -209,3 +209,43 @@ def test_a_journal_that_is_collected_within_its_own_background_sync_does_not_han
     wait_for(lambda: not [t for t in threading.enumerate() if t.name == "mmapwal-abandon"])
     with Journal("j", storage=disk) as found:
         assert contents_of(found) == {1: (b"written", 0)}
+
+
+@pytest.mark.filterwarnings("ignore:journal .* was not closed:ResourceWarning")
+@pytest.mark.parametrize("thread", ["mmapwal-prepare", "mmapwal-sync"])
+@pytest.mark.parametrize("kind", ["rename", "dir_sync"])
+def test_a_journal_that_is_collected_keeps_the_lock_while_a_thread_of_it_commits_a_superblock(
+    disk: Watched, kind: str, thread: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would go on in the files of the next owner."""
+    monkeypatch.setattr("mmapwal.engine.ABANDON_WAIT_S", 0.01)  # what it waits for happens after that
+    syncs = thread == "mmapwal-sync"
+    durability, interval_ms = (Durability.BUFFERED, 1) if syncs else (Durability.SYNC, None)
+    options: Any = {"slots": 1 << 12, "segment_bytes": 1 << 16, "durability": durability}
+    journal = Journal("j", storage=disk, sync_interval_ms=interval_ms, **options)
+    threads = [t for t in threading.enumerate() if t.name.startswith("mmapwal-")]
+    gate = Gate(lambda c: c.kind == kind and threading.current_thread().name == thread)
+    refused: list[Call] = []
+
+    def on(call: Call) -> None:
+        if syncs and of_segments(call, "write") and threading.current_thread().name == thread and not refused:
+            refused.append(call)  # the next sync has to begin an epoch
+            raise OSError(errno.ENOSPC, "planted")
+        gate(call)
+
+    disk.on = on
+    journal.append(b"written")
+    while not gate.reached.wait(0.01):
+        if not syncs:
+            journal.append(b"more" * 500)
+    wanted = contents_of(journal) if not syncs else {}
+    del journal
+    gc.collect()
+    with pytest.raises(LockedError):
+        Journal("j", storage=disk)
+    gate.open()
+    wait_for(lambda: not any(t.is_alive() for t in threads))
+    wait_for(lambda: not [t for t in threading.enumerate() if t.name == "mmapwal-abandon"])
+    with Journal("j", storage=disk) as found:
+        assert contents_of(found) == wanted  # what was only buffered is lost, as by a kill
+        assert found.verify().ok

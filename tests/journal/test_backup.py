@@ -23,6 +23,7 @@ from mmapwal import (
     LockedError,
     MemoryDirectory,
     SnapshotCorruptError,
+    SnapshotError,
     SystemDirectory,
     backup,
     inspect,
@@ -31,6 +32,7 @@ from mmapwal import (
 from mmapwal import format as fmt
 from mmapwal._native import lib
 from mmapwal.backup import backup_in_use
+from mmapwal.cli import main
 from mmapwal.storage import Directory
 from mmapwal.testing import CrashDisk, FaultDirectory, When, assert_crash_safe, every_fault
 
@@ -403,6 +405,48 @@ def test_a_snapshot_that_rotted_is_refused_and_the_earlier_backup_keeps_the_good
         assert replica.machine.state == [5, 1]
 
 
+@pytest.mark.parametrize("in_use", [False, True])
+def test_a_snapshot_that_is_missing_is_refused_and_the_earlier_backup_keeps_it(
+    tmp_path: Path, in_use: bool
+) -> None:
+    with recover(tmp_path / "j", Sum(), **SMALL) as replica:
+        assert replica.journal.backup(tmp_path / "never").snapshot_op is None
+        replica.submit(b"5")
+        replica.checkpoint()
+        replica.journal.backup(tmp_path / "copy")
+        (snapshot,) = (tmp_path / "j" / "snapshots").glob("snapshot-*")
+        snapshot.unlink()
+        with Journal(tmp_path / "j", readonly=True) as reader:
+            source = reader if in_use else replica.journal
+            with pytest.raises(SnapshotError, match=f"{snapshot.name}: .* is missing"):
+                source.backup(tmp_path / "copy")
+    with recover(tmp_path / "copy", Sum()) as replica:
+        assert replica.machine.state == [5, 1]
+
+
+def test_a_snapshot_that_gives_way_to_a_later_one_while_the_journal_is_looked_at_is_not_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look = backup.published_progress
+    with recover(tmp_path / "j", Sum(), **SMALL) as replica:
+        replica.submit(b"5")
+        replica.checkpoint()
+
+        def check_point_and_look(*arguments: Any) -> tuple[int, int]:
+            monkeypatch.undo()
+            for _ in range(2):  # so many are kept
+                replica.submit(b"6")
+                replica.checkpoint()
+            return look(*arguments)
+
+        monkeypatch.setattr(backup, "published_progress", check_point_and_look)
+        with SystemDirectory(tmp_path / "j") as source:
+            report = backup_in_use(source, SystemDirectory(tmp_path / "copy"))
+        assert report.snapshot_op == 3
+    with recover(tmp_path / "copy", Sum()) as replica:
+        assert replica.machine.state == [17, 3]
+
+
 def test_segments_of_an_earlier_backup_that_are_not_the_same_are_copied_again(tmp_path: Path) -> None:
     with Journal(tmp_path / "j", **SMALL) as journal:
         fill(journal, 200)
@@ -435,6 +479,25 @@ def test_a_directory_of_another_journal_or_one_that_was_opened_since_is_refused(
             journal.backup(tmp_path / "mine")
         with pytest.raises(FileNotFoundError):
             journal.backup(tmp_path / "nowhere" / "copy")
+
+
+def test_a_backup_into_the_journal_itself_is_refused_and_nothing_is_made(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "j")
+    with Journal(tmp_path / "j", **SMALL) as journal, Journal(tmp_path / "link", readonly=True) as reader:
+        fill(journal, 10)
+        before = sorted((tmp_path / "j").iterdir())
+        for place in (tmp_path / "j" / "sub", tmp_path / "link" / "a" / "b", str(tmp_path / "j/../j/sub")):
+            for source in (journal, reader):
+                with pytest.raises(JournalError, match="is inside"):
+                    source.backup(place)
+            with SystemDirectory(tmp_path / "j") as directory, pytest.raises(JournalError, match="is inside"):
+                backup_in_use(directory, place)
+            assert main(["backup", str(tmp_path / "j"), str(place)]) == 2
+        assert sorted((tmp_path / "j").iterdir()) == before
+        (tmp_path / "j" / "sub").mkdir()
+        with pytest.raises(JournalError, match="is inside"):
+            journal.backup(SystemDirectory(tmp_path / "j" / "sub"))
+    assert main(["backup", str(tmp_path / "j"), str(tmp_path / "j" / "sub")]) == 2
 
 
 def test_a_journal_that_nobody_writes_says_nothing_of_what_is_durable_and_has_to_be_opened(

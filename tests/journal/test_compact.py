@@ -20,6 +20,7 @@ from .files import (
     Contents,
     Home,
     after_kill,
+    at_rest,
     bytes_of,
     contents_of,
     entry_frames,
@@ -27,6 +28,7 @@ from .files import (
     flip,
     frames_of,
     killed,
+    making_none,
     refused,
     refused_call,
     settle,
@@ -100,9 +102,10 @@ def test_compacting_twice_gains_nothing(home: Home) -> None:
     journal = filled(home)
     thin_out(journal, {3, 4, 9, 17, 36, 40})
     assert journal.compact(wait=True) > 0
-    before = bytes_of(home.directory())
-    assert journal.compact(wait=True) == 0
-    assert bytes_of(home.directory()) == before
+    with at_rest(journal):
+        before = bytes_of(home.directory())
+        assert journal.compact(wait=True) == 0
+        assert bytes_of(home.directory()) == before
     journal.drain(9, 9)  # a little more is dead: a gap grows
     assert journal.compact(wait=True) == fmt.frame_bytes(880)
     assert journal.compact(wait=True) == 0
@@ -131,9 +134,10 @@ def test_gaps_of_gaps_are_joined(home: Home) -> None:
 def test_segments_that_are_mostly_live_are_left_as_they_are(home: Home) -> None:
     journal = filled(home)
     thin_out(journal, set(range(1, 41)) - {2, 15})
-    before = bytes_of(home.directory())
-    assert journal.compact(wait=True) == 0
-    after = bytes_of(home.directory())
+    with at_rest(journal):
+        before = bytes_of(home.directory())
+        assert journal.compact(wait=True) == 0
+        after = bytes_of(home.directory())
     assert {n: d for n, d in after.items() if n.startswith("segment")} == {
         n: d for n, d in before.items() if n.startswith("segment")
     }
@@ -271,7 +275,8 @@ def test_entries_appended_while_a_compaction_is_under_way_stay(open_on: Callable
         for n in range(50, 90):
             journal.append(b"%04d" % n * 220, kind=n)
         assert contents_of(journal) == entries({3, 17, *range(40, 90)})
-        left = after_kill(directory.inner)
+        with at_rest(journal):
+            left = after_kill(directory.inner)
         assert contents_of(open_on(left, slots=1024)) == entries({3, 17, *range(40, 90)})
 
 
@@ -391,7 +396,8 @@ def test_killed_before_the_files_are_gone_the_next_open_removes_them(open_on: Ca
     directory, gate, journal = background(open_on)
     journal.compact()
     gate.wait()
-    left = after_kill(directory.inner)
+    with making_none(journal):
+        left = after_kill(directory.inner)
     gate.open()
     assert len(left.names()) > len(superblock_of(left).segments) + 2
     with Journal("j", storage=left) as found:

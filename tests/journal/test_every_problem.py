@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mmapwal import Journal, VerifyReport, inspect
+from mmapwal import Journal, SystemDirectory, VerifyReport, inspect
 from mmapwal import format as fmt
+from mmapwal.testing import Call, InterposedDirectory
 
 from .files import Frame, Home, entry_frames, flip, frames_of, superblock_of, write
 
@@ -95,3 +99,100 @@ def test_missing_and_cut_segments_are_told_beside_damaged_entries_in_others(home
     assert [(p.segment, p.offset) for p in told] == [
         (names[0], 0), (names[1], first.at), (names[2], last.at)
     ]  # fmt: skip
+
+
+# --- what the next open will find, told while the journal is open -------------------------------------
+
+
+@IN_PLACE
+@pytest.mark.parametrize("number", [0, 2, -1])
+def test_an_open_journal_tells_of_a_segment_whose_header_is_damaged_on_the_disk(
+    home: Home, number: int
+) -> None:
+    journal = filled(home)
+    name = superblock_of(home.directory()).segments[number].name
+    flip(home.directory(), name, 20)
+    told = journal.verify()
+    assert [(p.segment, p.offset, p.reason) for p in told.problems] == [
+        (name, 0, "the checksum of the header is wrong")
+    ]
+    assert told.frames == sum(f.name != name for f in frames_of(home.directory()))
+
+
+@pytest.mark.parametrize("kind", ["mapped", "file"], indirect=True)
+def test_an_open_journal_tells_of_a_segment_that_is_missing(home: Home) -> None:
+    journal = filled(home)
+    name = superblock_of(home.directory()).segments[1].name
+    home.directory().unlink(name)
+    assert [(p.segment, p.reason) for p in journal.verify().problems] == [
+        (name, "the superblock names it, but it is not there")
+    ]
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_an_open_journal_tells_of_a_superblock_that_the_next_open_will_not_read(
+    home: Home, is_there: bool
+) -> None:
+    journal = filled(home)
+    assert journal.verify().ok
+    if is_there:
+        flip(home.directory(), fmt.SUPERBLOCK_NAME, 30)
+    else:
+        home.directory().unlink(fmt.SUPERBLOCK_NAME)
+    told = journal.verify()
+    assert [p.segment for p in told.problems] == [fmt.SUPERBLOCK_NAME]
+    assert told.entries == 150
+
+
+def test_an_open_journal_tells_of_a_superblock_that_is_older_than_it(home: Home) -> None:
+    journal = filled(home)
+    file = home.directory().open(fmt.SUPERBLOCK_NAME)
+    old = bytes(file.read_at(0, len(file)))
+    file.close()
+    journal.set_snapshot_op(3)
+    write(home.directory(), fmt.SUPERBLOCK_NAME, 0, old)
+    assert [(p.segment, p.reason) for p in journal.verify().problems] == [
+        (fmt.SUPERBLOCK_NAME, "it is not the one that this journal wrote last")
+    ]
+
+
+# --- a disk that fails to read --------------------------------------------------------------------------
+
+
+class Unreadable(InterposedDirectory):
+    """One segment cannot be read: not at all, or what is behind its first pages is gone once it is mapped."""
+
+    path: Path
+    segment = ""
+    pages: int | None = None
+
+    def intercept(self, call: Call) -> Any:
+        if call.name != self.segment or call.kind not in {"read", "view"}:
+            return call.run()
+        if self.pages is None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), call.name)
+        result = call.run()
+        if call.kind == "view":
+            os.truncate(self.path / call.name, self.pages * fmt.PAGE_BYTES)
+        return result
+
+
+@pytest.mark.parametrize("pages", [None, 1, 2, 3])
+@pytest.mark.parametrize("is_open", [True, False])
+def test_of_a_segment_that_the_disk_fails_to_read_the_page_is_told_and_the_others_are_checked(
+    tmp_path: Path, pages: int | None, is_open: bool
+) -> None:
+    path = tmp_path / "j"
+    disk = Unreadable(SystemDirectory(path))
+    with Journal(path, **SIZES, storage=disk) as journal:
+        for n in range(1, 151):
+            journal.append(b"%05d" % n * (n % 90 + 1))
+        directory = SystemDirectory(path)
+        wrong = entry_frames(directory)[149]
+        disk.path, disk.segment, disk.pages = path, superblock_of(directory).segments[1].name, pages
+        flip(directory, wrong.name, wrong.payload_at)
+        told = journal.verify() if is_open else inspect(disk)
+        assert [(p.segment, p.offset) for p in told.problems] == [
+            (disk.segment, (pages or 0) * fmt.PAGE_BYTES), (wrong.name, wrong.at)
+        ]  # fmt: skip
+        assert "fails to read" in told.problems[0].reason

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from mmapwal import (
+    AsyncJournal,
     ClosedError,
     CorruptionError,
     Durability,
@@ -94,6 +95,14 @@ def test_one_that_begins_above_all_there_is_gets_what_comes_from_there_on(journa
 def test_an_op_that_is_none_is_refused_at_the_call(journal: Journal, wrong: Any) -> None:
     with pytest.raises((TypeError, ValueError), match="from_op"):
         journal.follow(wrong)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), -1, "1", b"1", True, [1]])
+def test_a_timeout_that_is_none_is_refused_at_the_call(journal: Journal, wrong: Any) -> None:
+    for follow in (journal.follow, AsyncJournal(journal).follow):
+        with pytest.raises((TypeError, ValueError), match="timeout"):
+            follow(timeout=wrong)
+    assert ops(journal.follow(timeout=0.0)) == []
 
 
 def test_views_of_followed_entries_stay_right_when_all_is_removed_and_compacted(journal: Journal) -> None:
@@ -222,6 +231,85 @@ def test_who_fell_behind_the_watermark_is_told_the_first_op_that_can_be_followed
 
 
 @pytest.mark.parametrize("compact", [False, True])
+def test_who_has_all_is_told_once_of_a_watermark_above_it(home: Home, *, compact: bool) -> None:
+    """A snapshot was installed: what lies between has never been an entry here."""
+    with home.open(**SMALL) as journal:
+        nothing = journal.follow(timeout=0)
+        assert ops(nothing) == []
+        journal.append_many([b"x"] * 6)
+        given, asked, above = (journal.follow(op, timeout=0) for op in (None, 7, 501))
+        everybody = [given, asked, above]
+        if home.kind == "mapped":  # as another process would
+            reader = Journal(home.path, readonly=True)
+            home._given.append(reader)
+            everybody += [reader.follow(op, timeout=0) for op in (None, 7, 501)]
+        for each in everybody:
+            assert ops(each) == ([1, 2, 3, 4, 5, 6] if each in everybody[::3] else [])
+        journal.set_snapshot_op(6)  # what all of them have
+        assert [ops(each) for each in everybody] == [[]] * len(everybody)
+        journal.set_snapshot_op(500)
+        if compact:
+            journal.compact(wait=True)
+        for each in (nothing, *everybody):
+            if each not in everybody[2::3]:
+                with pytest.raises(StaleOpError, match="watermark 500") as e:
+                    next(each)
+                assert e.value.first_op == 501
+            assert ops(each) == []
+        journal.append(b"after")
+        assert [ops(each) for each in (nothing, *everybody)] == [[501]] * (1 + len(everybody))
+        journal.set_snapshot_op(900)
+        journal.append(b"comes behind it")
+        for each in (nothing, *everybody):
+            with pytest.raises(StaleOpError, match=r"op 502 .* watermark 900"):
+                next(each)
+            assert ops(each) == [901]
+
+
+def test_who_has_all_is_told_of_a_watermark_above_what_a_truncation_left(journal: Journal) -> None:
+    fill(journal, 10)
+    follower = following.Follower(journal._engine, None, written=False)
+    assert len(all_of(follower)) == 10
+    journal.truncate_from(7)
+    journal.set_snapshot_op(8)
+    with pytest.raises(TruncatedError):
+        follower.take()
+    with pytest.raises(StaleOpError, match="op 7 is at or below the watermark 8"):
+        follower.take()
+    assert all_of(follower) == []
+
+
+def test_a_watermark_at_or_below_what_was_given_out_of_order_is_told_to_nobody(journal: Journal) -> None:
+    for op in (5, 3, 9, 4):
+        journal.append(b"%d" % op, op=op)
+    follower = following.Follower(journal._engine, None, written=False)
+    assert all_of(follower) == [5, 3, 9, 4]
+    for watermark in (2, 4, 6, 9):
+        journal.set_snapshot_op(watermark)
+        assert all_of(follower) == []
+
+
+@pytest.mark.usefixtures("never_looks_around")
+def test_who_waits_is_told_at_once_of_a_watermark_above_what_he_has(journal: Journal) -> None:
+    journal.append(b"x")
+    told: list[int | None] = []
+    reads = journal.follow()
+    assert next(reads).op == 1
+
+    def waits() -> None:
+        try:
+            next(reads)
+        except StaleOpError as e:
+            told.append(e.first_op)
+
+    thread = threading.Thread(target=waits, daemon=True)
+    thread.start()
+    journal.set_snapshot_op(500)
+    thread.join(20)
+    assert told == [501]
+
+
+@pytest.mark.parametrize("compact", [False, True])
 def test_who_keeps_up_sees_nothing_of_watermarks_drains_and_compactions(
     journal: Journal, *, compact: bool
 ) -> None:
@@ -291,22 +379,27 @@ class Mirror:
     """What somebody makes of a journal who only follows it."""
 
     def __init__(self, journal: Journal) -> None:
+        self.had_op = journal.snapshot_op  # the highest of which it knows what became
         self._entries = journal.follow(timeout=0)
         self.entries: dict[int, bytes] = {}
         self.given = 0
 
     def catch_up(self, most: int = 10**9) -> None:
-        while True:
+        for _ in range(20):  # each is told once
             try:
                 for entry in itertools.islice(self._entries, most):
                     self.entries[entry.op] = bytes(entry.payload)
                     self.given += 1
+                    self.had_op = max(self.had_op, entry.op)
                 return
             except TruncatedError as e:
+                self.had_op = min(self.had_op, e.op - 1)
                 self.entries = {op: payload for op, payload in self.entries.items() if op < e.op}
             except StaleOpError as e:
                 assert e.first_op is not None
+                self.had_op = max(self.had_op, e.first_op - 1)
                 self.entries = {op: payload for op, payload in self.entries.items() if op >= e.first_op}
+        raise AssertionError("told again and again")
 
 
 class Life:
@@ -362,6 +455,7 @@ class Life:
         expected = {e.op: bytes(e.payload) for e in self.journal}
         for mirror in self.mirrors:
             mirror.catch_up()
+            assert mirror.had_op >= self.journal.snapshot_op
             seen = {op: p for op, p in mirror.entries.items() if op > self.journal.snapshot_op}
             assert {op: p for op, p in seen.items() if op in expected} == expected
             assert set(seen) - set(expected) <= self.drained
@@ -398,13 +492,15 @@ def test_what_came_and_went_behind_the_look_at_how_far_the_journal_is_is_told(
     engine = journal._engine
     follower = following.Follower(engine, None, written=False)
     fill(journal, 50)
-    assert len(all_of(follower)) == 50
+    journal.append(b"above the watermark", op=120)
+    assert len(all_of(follower)) == 51
     published = engine.published
 
     def before_much_happens() -> tuple[int, int]:
         monkeypatch.undo()
         told = published()
-        fill(journal, 60)
+        for op in range(51, 111):
+            journal.append(b"entry" * (op % 40 + 1), op=op)
         journal.set_snapshot_op(110)
         engine.rotate()
         journal.compact(wait=True)
@@ -416,7 +512,7 @@ def test_what_came_and_went_behind_the_look_at_how_far_the_journal_is_is_told(
     with pytest.raises(StaleOpError) as e:
         follower.take()
     assert e.value.first_op == 111
-    assert all_of(follower) == [111, 112, 113, 114, 115]
+    assert all_of(follower) == [121, 122, 123, 124, 125]
 
 
 def test_what_was_cut_off_while_its_segment_was_looked_up_does_not_come(

@@ -184,9 +184,11 @@ def test_an_end_at_any_moment_leaves_nobody_waiting(
 
 
 def test_every_thread_gets_its_share(open_on: Callable[..., Journal]) -> None:
-    """Also one that only syncs; counted while all run."""
+    """Also one that only syncs; counted while all run. Where a commit takes no time, who has led leads again
+    before the others are awake: here it takes as long as a disk's."""
     crowd = Crowd(open_on)
     journal = crowd.journal
+    crowd.directory.on = lambda call: time.sleep(0.0001) if is_commit(call) else None
     counts = [0] * (THREADS + 1)
     stop = threading.Event()
 
@@ -207,8 +209,8 @@ def test_every_thread_gets_its_share(open_on: Callable[..., Journal]) -> None:
                 assert time.monotonic() < end
                 time.sleep(0.001)
             progress = [after - b for after, b in zip(counts, before, strict=True)]
-            assert min(progress) > 0
-            assert max(progress[:THREADS]) < 500 * THREADS / 2
+            assert min(progress) > 500 / 10
+            assert max(progress[:THREADS]) < 500 * 4
     finally:
         stop.set()
         for task in tasks:

@@ -83,23 +83,23 @@ def test_a_payload_that_is_too_large_is_refused(home: Home) -> None:
     goes_on(journal)
 
 
-@pytest.mark.parametrize("kind", [-1, 2**15, 2**16, 2**31, 2**64, -(2**70)], ids=repr)
-def test_a_kind_out_of_range_is_refused(journal: Journal, kind: int) -> None:
+@pytest.mark.parametrize("wrong", [-1, 2**15, 2**16, 2**31, 2**64, -(2**70)], ids=repr)
+def test_a_kind_out_of_range_is_refused(journal: Journal, wrong: int) -> None:
     for call in (
-        lambda: journal.append(b"x", kind=kind),
-        lambda: journal.append_many([b"x"], kind=kind),
-        lambda: journal.append_many([b"x", b"y"], kinds=[1, kind]),
+        lambda: journal.append(b"x", kind=wrong),
+        lambda: journal.append_many([b"x"], kind=wrong),
+        lambda: journal.append_many([b"x", b"y"], kinds=[1, wrong]),
     ):
         assert "kind" in str(refused_call(ValueError, journal, call))
     goes_on(journal)
 
 
-@pytest.mark.parametrize("kind", ["1", 1.5, None, [1]], ids=repr)
-def test_a_kind_that_is_no_int_is_refused(journal: Journal, kind: Any) -> None:
+@pytest.mark.parametrize("wrong", ["1", 1.5, None, [1]], ids=repr)
+def test_a_kind_that_is_no_int_is_refused(journal: Journal, wrong: Any) -> None:
     for call in (
-        lambda: journal.append(b"x", kind=kind),
-        lambda: journal.append_many([b"x"], kind=kind),
-        lambda: journal.append_many([b"x", b"y"], kinds=[1, kind]),
+        lambda: journal.append(b"x", kind=wrong),
+        lambda: journal.append_many([b"x"], kind=wrong),
+        lambda: journal.append_many([b"x", b"y"], kinds=[1, wrong]),
     ):
         assert "kind" in str(refused_call(TypeError, journal, call))
     goes_on(journal)

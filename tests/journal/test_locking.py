@@ -7,6 +7,7 @@ import gc
 import itertools
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from mmapwal import Journal, LockedError, MemoryDirectory
 from mmapwal import format as fmt
 
 from ..conftest import AlarmError
-from .files import SMALL, Home, bytes_of, contents_of
+from .files import SMALL, Home, at_rest, bytes_of, contents_of
 
 PACKAGE = str(Path(mmapwal.__file__).parent)
 
@@ -29,11 +30,12 @@ PACKAGE = str(Path(mmapwal.__file__).parent)
 def test_a_second_writer_in_this_process_gets_locked_error(home: Home) -> None:
     journal = home.open(**SMALL)
     journal.append(b"one")
-    before = bytes_of(home.directory())
-    for _ in range(2):
-        with pytest.raises(LockedError):
-            home.open()
-    assert bytes_of(home.directory()) == before
+    with at_rest(journal):
+        before = bytes_of(home.directory())
+        for _ in range(2):
+            with pytest.raises(LockedError):
+                home.open()
+        assert bytes_of(home.directory()) == before
     assert journal.append(b"two") == 2
     journal.close()
     assert contents_of(home.open()) == {1: (b"one", 0), 2: (b"two", 0)}
@@ -55,6 +57,29 @@ def test_the_same_place_by_another_name_is_locked_too(home: Home, tmp_path: Path
     journal.close()
     with Journal(moved) as found:
         assert len(found) == 1
+
+
+HELD = """
+import os, signal, sys
+from mmapwal import Journal
+journal = Journal(sys.argv[1], slots=64, segment_bytes=16384)
+journal.append(b"one")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("left", [None, b"", b"4194305\n", bytes(5000)])
+def test_a_lock_file_that_a_dead_process_left_hinders_nobody_whatever_it_holds(
+    tmp_path: Path, run_python: Callable[..., Any], left: bytes | None
+) -> None:
+    assert run_python(HELD, tmp_path / "j").returncode == -signal.SIGKILL
+    if left is not None:
+        (tmp_path / "j" / fmt.LOCK_NAME).write_bytes(left)
+    with Journal(tmp_path / "j") as journal:
+        assert journal.append(b"two") == 2
+        assert contents_of(journal) == {1: (b"one", 0), 2: (b"two", 0)}
+        with pytest.raises(LockedError):
+            Journal(tmp_path / "j")
 
 
 SECOND = """
@@ -332,6 +357,7 @@ def test_closing_gives_every_descriptor_back(home: Home) -> None:
         return len(os.listdir("/proc/self/fd"))  # noqa: PTH208
 
     home.open(**SMALL).close()
+    gc.collect()
     before = descriptors()
     for _ in range(3):
         journal = home.open()
@@ -388,6 +414,7 @@ def is_interrupted(call: Callable[[], object], nth: int) -> bool:
 @pytest.mark.parametrize("kind", ["mapped", "file"], indirect=True)
 def test_a_journal_whose_closing_is_interrupted_anywhere_lets_go_when_it_is_closed_again(home: Home) -> None:
     home.open(**SMALL).close()
+    gc.collect()
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
     for nth in itertools.count(1):
         journal = home.open()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 
 from mmapwal import (
+    AsyncJournal,
     ClosedError,
     FileStorage,
     IncompatibleFormatError,
@@ -27,6 +29,8 @@ from mmapwal import (
     SystemDirectory,
     TruncatedError,
     compaction,
+    following,
+    observer,
 )
 from mmapwal import format as fmt
 from mmapwal.observer import Observer
@@ -278,6 +282,44 @@ def test_a_follower_goes_on_when_the_writer_dies_and_comes_back(
             writer = start()
         assert all_came.wait(30)
         assert got == list(range(1, 161))
+
+
+async def async_ops(journal: Journal, first: int, timeout: float) -> list[int]:
+    async with AsyncJournal(journal) as entries:
+        return [e.op async for e in entries.follow(first, timeout=timeout)]
+
+
+LOOKS: dict[str, Callable[[Journal, Any], bool]] = {
+    "follow, no waiting": lambda _, entries: ops(entries) == [2],
+    "follow, waiting": lambda reader, _: ops(reader.follow(2, timeout=0.01)) == [2],
+    "async follow": lambda reader, _: asyncio.run(async_ops(reader, 2, 0)) == [2],
+    "read": lambda reader, _: bytes(reader.read(2)) == b"0" * 20,
+    "get": lambda reader, _: reader.get(2) is not None,
+    "last_op": lambda reader, _: reader.last_op == 2,
+    "entries": lambda reader, _: ops(reader.entries()) == [1, 2],
+}
+
+
+@pytest.mark.parametrize("how", LOOKS)
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_reader_that_says_there_is_nothing_has_looked_whether_the_index_is_another_one(
+    start: Callable[[], Writer], path: Path, how: str, monkeypatch: pytest.MonkeyPatch, *, lost: bool
+) -> None:
+    for module in (following, observer):
+        monkeypatch.setattr(module, "LOOK_S", 3600)
+    writer = start()
+    writer.append(1)
+    with Journal(path, readonly=True) as reader:
+        entries = reader.follow(timeout=0)
+        assert ops(entries) == [1]
+        assert reader.last_op == 1
+        writer.kill()
+        if lost:
+            (path / "index").unlink()
+        else:
+            (path / "index").write_bytes(b"what a failing disk left")
+        start().append(1)
+        assert LOOKS[how](reader, entries)
 
 
 @pytest.mark.parametrize("lives", [1, 2])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import time
 from typing import Any
 
 import pytest
 
-from mmapwal import Durability, Journal, RecoveryRow
+from mmapwal import Durability, Journal, RecoveryRow, opening
 from mmapwal import format as fmt
+from mmapwal.index import SlotIndex
 
 from .files import (
     SMALL,
@@ -18,6 +21,7 @@ from .files import (
     flip,
     frames_of,
     killed,
+    killed_at_rest,
     put,
     read,
     refused,
@@ -272,7 +276,7 @@ def test_the_report_counts_what_was_scanned_and_how_long_it_took(home: Home) -> 
     journal = filled(home)
     written = journal.written_lsn
     frames = frames_of(home.directory())
-    left = killed(home, journal)
+    left = killed_at_rest(home, journal)
     told: list[tuple[int, int]] = []
     report = left.open(progress=lambda done, total: told.append((done, total))).report
     assert (report.frames, report.entries) == (len(frames), sum(f.op > 0 for f in frames))
@@ -357,6 +361,51 @@ def test_an_open_that_is_sealed_breaks_the_seal_before_anything_is_appended(home
     journal = home.open()
     assert superblock_of(home.directory()).seal is None
     assert killed(home, journal).open().report.outcome is RecoveryRow.CLEAN
+
+
+def test_an_open_that_fails_lets_go_of_the_index_when_the_filling_of_it_has_ended(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = killed(home, filled(home))
+    done: list[str] = []
+    fill, close = SlotIndex.fill, SlotIndex.close
+
+    def slow(index: SlotIndex, *slots: Any) -> tuple[int, int, int]:
+        time.sleep(0.05)
+        summary = fill(index, *slots)
+        done.append("filled")
+        return summary
+
+    def closed(index: SlotIndex) -> None:
+        done.append("closed")
+        close(index)
+
+    def failing(*_: Any) -> Any:
+        raise OSError(errno.EIO, "planted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SlotIndex, "fill", slow)
+        patch.setattr(SlotIndex, "close", closed)
+        patch.setattr(opening, "rewrite_unproven", failing)
+        with pytest.raises(OSError, match="planted"):
+            left.open()
+    assert done == ["filled", "closed"]
+    assert contents_of(left.open()) == FILLED
+
+
+def test_an_index_that_cannot_be_filled_is_an_error_of_the_open_and_the_next_one_finds_all(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = killed(home, filled(home))
+
+    def failing(*_: Any) -> Any:
+        raise OSError(errno.ENOSPC, "planted", fmt.INDEX_NAME)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SlotIndex, "fill", failing)
+        with pytest.raises(OSError, match=f"planted.*{fmt.INDEX_NAME}"):
+            left.open()
+    assert contents_of(left.open()) == FILLED
 
 
 def test_closing_changes_only_the_superblock_and_the_index(home: Home) -> None:

@@ -23,10 +23,30 @@ from mmapwal import (
     repair,
 )
 from mmapwal import format as fmt
-from mmapwal.storage import Directory
-from mmapwal.testing import CrashDisk, FaultDirectory, When, assert_crash_safe, every_fault
+from mmapwal.storage import Directory, MemoryDirectory
+from mmapwal.testing import (
+    CrashDisk,
+    FaultDirectory,
+    When,
+    assert_crash_safe,
+    every_fault,
+)
 
-from .files import Frame, Home, bytes_of, cut, entry_frames, flip, frames_of, put, read, superblock_of, write
+from .files import (
+    Frame,
+    Home,
+    bytes_of,
+    change_frame,
+    cut,
+    entry_frames,
+    flip,
+    frames_of,
+    put,
+    read,
+    settle,
+    superblock_of,
+    write,
+)
 
 SIZES: dict[str, Any] = {"slots": 1024, "segment_bytes": 16384}
 
@@ -208,6 +228,47 @@ def test_a_segment_file_that_is_gone_or_broken_loses_what_was_in_it_alone(home: 
     assert opened(home) == {op: p for op, p in before.items() if op not in ops}
 
 
+@pytest.mark.parametrize("row", range(3))
+def test_a_segment_file_that_is_gone_loses_what_was_in_it_alone_whatever_epochs_are_around(
+    home: Home, row: int
+) -> None:
+    """What stands for it must not be older than what is before it, nor of the epoch before where a new one
+    began within."""
+    before: dict[int, bytes] = {}
+    for _ in range(4):
+        with home.open(**SIZES) as journal:
+            journal.append_many([b"%d" % n * 200 for n in range(20)])
+            before = live(journal)
+    directory = home.directory()
+    name = superblock_of(directory).segments[row].name
+    lost = {f.op for f in entry_frames(directory).values() if f.name == name}
+    directory.unlink(name)
+    repair(home.directory())
+    assert opened(home) == {op: payload for op, payload in before.items() if op not in lost}
+
+
+@pytest.mark.parametrize("kind", ["mapped"], indirect=True)
+@pytest.mark.parametrize("what", ["missing", "header"])
+def test_a_segment_of_which_nothing_was_used_yet_is_made_anew_and_nothing_is_lost(
+    home: Home, what: str
+) -> None:
+    with home.open(**SIZES) as journal:
+        for n in range(1, 101):
+            journal.append(b"%d" % n * 200)
+        settle(journal)
+        before = live(journal)
+    directory = home.directory()
+    name = superblock_of(directory).segments[-1].name
+    assert all(f.name != name for f in frames_of(directory))
+    if what == "missing":
+        directory.unlink(name)
+    else:
+        flip(directory, name, 20)
+    report = repair(home.directory())
+    assert (report.changed, report.dropped) == (True, ())
+    assert opened(home) == before
+
+
 @pytest.mark.parametrize("kind", ["mapped", "memory"], indirect=True)
 def test_what_was_written_behind_a_damaged_end_and_never_synced_stays_as_well(home: Home) -> None:
     with home.open(durability=Durability.OS, **SIZES) as journal:
@@ -276,6 +337,22 @@ def test_a_journal_that_is_open_is_not_repaired(home: Home, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("kind", ["mapped", "memory"], indirect=True)
+def test_a_journal_that_would_not_open_afterwards_is_left_as_it_is(home: Home) -> None:
+    """Behind the damage two live entries want one slot, which nobody sees before that is left out."""
+    with home.open(slots=16, segment_bytes=16384) as journal:
+        for n in range(10):
+            journal.append(b"%d" % n)
+    directory = home.directory()
+    frames = entry_frames(directory)
+    change_frame(directory, frames[10], op=17)
+    flip(directory, frames[5].name, frames[5].payload_at)
+    before = bytes_of(directory)
+    with pytest.raises(CorruptionError, match="slot"):
+        repair(home.directory())
+    assert bytes_of(home.directory()) == before
+
+
+@pytest.mark.parametrize("kind", ["mapped", "memory"], indirect=True)
 def test_an_index_that_is_wrong_is_made_again_and_nothing_is_dropped(home: Home) -> None:
     with home.open(**SIZES) as journal:
         journal.append_many([b"a", b"b", b"c"])
@@ -303,6 +380,23 @@ def test_a_second_repair_keeps_the_files_of_the_first(home: Home) -> None:
     assert set(kept) <= set(directory.names())
     assert set(opened(home)) == set(range(1, 30)) - {3, 20}
     assert set(kept) <= set(home.directory().names())
+
+
+def test_files_kept_before_under_the_same_name_stay_as_they_are(home: Home) -> None:
+    """As when the power went behind the copy of an earlier try."""
+    with home.open(**SIZES) as journal:
+        journal.append_many([b"%d" % n * 9 for n in range(1, 30)])
+    directory = home.directory()
+    frame = entry_frames(directory)[3]
+    flip(directory, frame.name, frame.at)
+    kept = {f"{frame.name}.broken": b"of the first try", f"{frame.name}.broken-2": b"of the second"}
+    for name, data in kept.items():
+        put(directory, name, data)
+    damaged_file = read(directory, frame.name)
+    assert repair(home.directory()).broken == (f"{frame.name}.broken-3",)
+    directory = home.directory()
+    assert {name: read(directory, name) for name in kept} == kept
+    assert read(directory, f"{frame.name}.broken-3") == damaged_file
 
 
 # --- when the power goes, and calls fail --------------------------------------------------------------
@@ -348,15 +442,40 @@ def test_a_power_cut_at_any_step_leaves_the_damaged_journal_or_the_repaired_one(
     assert_crash_safe(scenario, check, max_states=600)
 
 
+def test_what_was_repaired_survives_also_where_it_was_only_just_copied_to() -> None:
+    """The name of its directory may not be durable there."""
+    source = MemoryDirectory()
+    expected = damaged(source)
+
+    def scenario(disk: CrashDisk, acknowledge: Callable[..., None]) -> None:
+        for name, data in bytes_of(source).items():
+            disk.create(name).write_sync_at(0, data)
+        disk.sync()
+        repair(disk)
+        acknowledge("repaired")
+
+    def check(disk: CrashDisk, acknowledged: list[str]) -> None:
+        if acknowledged:
+            assert opened(disk) == expected
+
+    assert_crash_safe(scenario, check, max_states=200)
+
+
 @pytest.mark.parametrize("when", [When.BEFORE, When.AFTER, When.SHORT])
 @pytest.mark.parametrize("kind", ["memory"], indirect=True)
 def test_whatever_call_fails_a_second_try_repairs_it(home: Home, make_home: Any, when: When) -> None:
     for fault in every_fault(error=errno.ENOSPC, when=when):
         place = make_home(f"j {fault.nth}")
         expected = damaged(place.directory())
+        before = bytes_of(place.directory())
         try:
             repair(FaultDirectory(place.directory(), fault))
         except (OSError, JournalError) as e:
+            if isinstance(e, OSError):
+                after = bytes_of(place.directory())
+                assert {n: d for n, d in after.items() if n != fmt.SUPERBLOCK_SPARE_NAME} == {
+                    n: d for n, d in before.items() if n != fmt.SUPERBLOCK_SPARE_NAME
+                }, "nothing has changed"
             cause = e if isinstance(e, OSError) else e.__cause__
             assert isinstance(cause, OSError)
             assert cause.errno == errno.ENOSPC

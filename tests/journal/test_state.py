@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mmapwal import Durability, Journal, SystemDirectory, inspect
+from mmapwal import ClosedError, Durability, Journal, SystemDirectory, inspect
 from mmapwal import format as fmt
 
 from .files import (
@@ -157,6 +157,15 @@ def test_verify_tells_of_the_index_also_when_a_segment_is_added_meanwhile(home: 
 def test_verify_tells_nothing_of_the_index_when_entries_are_removed_meanwhile(home: Home) -> None:
     journal = filled(home)
     assert journal.verify(lambda done, total: journal.truncate_from(8)).problems == ()
+
+
+@pytest.mark.parametrize("kind", ["mapped", "file"], indirect=True)
+def test_a_verify_beside_a_close_says_so_and_tells_of_no_damage(home: Home) -> None:
+    journal = filled(home)
+    settle(journal)
+    assert len(journal._engine.segments.table.segments) == 2
+    with pytest.raises(ClosedError):
+        journal.verify(lambda done, total: journal.close())
 
 
 @pytest.mark.parametrize("how", ["live", "closed", "killed"])

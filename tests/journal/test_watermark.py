@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mmapwal import Durability, Journal, MissingOpError, PoisonedError, StaleOpError
+from mmapwal import Durability, ExhaustedError, Journal, MissingOpError, PoisonedError, StaleOpError
 from mmapwal.testing import Fault, FaultDirectory
 
 from .files import (
@@ -96,7 +96,7 @@ def test_the_largest_watermark_leaves_nothing_to_append(home: Home) -> None:
     journal.set_snapshot_op(2**63 - 1)
     for found in every_end(home, journal):
         assert (len(found), found.remaining_capacity, found.snapshot_op) == (0, 0, 2**63 - 1)
-        refused_call(ValueError, found, lambda f=found: f.append(b""))
+        refused_call(ExhaustedError, found, lambda f=found: f.append(b""))
 
 
 def test_a_gap_above_the_watermark_can_be_filled(home: Home) -> None:

@@ -25,6 +25,7 @@ from mmapwal import (
     SnapshotCoordinator,
     SnapshotStore,
     StaleOpError,
+    SyncMethod,
 )
 from mmapwal import format as fmt
 from mmapwal.testing import Fault, FaultDirectory, When
@@ -111,13 +112,15 @@ class JournalMachine(RuleBasedStateMachine):
         durability=st.sampled_from(list(Durability)),
         align=st.sampled_from([0, 0, 0, 512]),
         damage=st.booleans(),
+        method=st.sampled_from([SyncMethod.AUTO, SyncMethod.AUTO, SyncMethod.MSYNC]),
     )
-    def create(self, durability: Durability, align: int, damage: bool) -> None:
+    def create(self, durability: Durability, align: int, damage: bool, method: SyncMethod) -> None:
         self.ground = type(self).ground_of(damage and align > 0)
         self.options: dict[str, Any] = {
             "slots": SLOTS,
             "segment_bytes": SEGMENT_BYTES,
             "commit_align_bytes": align,
+            "sync_method": method,
         }
         self.durability = durability
         self.open()

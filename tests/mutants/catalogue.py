@@ -5,8 +5,9 @@ from __future__ import annotations
 from .failing import FAILURES
 from .mutant import Mutant
 from .reading import READING
-from .writing import ORDER, SYNCS
+from .repairing import REPAIRS
+from .writing import ORDER, SYNCS, SYSTEM
 
 __all__ = ["MUTANTS"]
 
-MUTANTS: tuple[Mutant, ...] = (*SYNCS, *ORDER, *FAILURES, *READING)
+MUTANTS: tuple[Mutant, ...] = (*SYNCS, *SYSTEM, *ORDER, *FAILURES, *READING, *REPAIRS)

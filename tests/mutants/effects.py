@@ -54,7 +54,7 @@ class Record:
     def shape(self, count: int) -> Any:
         """All that a crash after so many effects, or anything later, depends on."""
         if not self._shapes:
-            replay = self.disk.replay()
+            replay = self.disk._replay()
             self._shapes.append(_shape(replay))
             for effect in self.effects:
                 replay.apply(effect)
@@ -74,7 +74,7 @@ class Record:
 
     def explore(self, states: int) -> Exception | None:
         """How recovery fails after a crash in it, of so many states at each place; None: it does not."""
-        replay = self.disk.replay()
+        replay = self.disk._replay()
         for count, effect in enumerate(self.effects, 1):
             replay.apply(effect)
             error = self.fails(Point(replay), count, states, f"{count}")
@@ -90,7 +90,7 @@ class Record:
             if key in self._safe:
                 continue
             try:
-                self.check(self.disk.state(point, choice), promised)
+                self.check(self.disk._state(point, choice), promised)
             except Exception as e:  # noqa: BLE001  # whatever it ends with is its verdict
                 return e
             self._safe.add(key)
@@ -126,7 +126,7 @@ class Mutant:
         """Crashes from the mutated place on, `states` at each, until one is not recovered right; or until
         nothing of the mutation can be seen any more."""
         record, at = self.record, self.at
-        replay, shift = record.disk.replay(), 0 if self.swapped else 1
+        replay, shift = record.disk._replay(), 0 if self.swapped else 1
         differs = False
         for count, effect in enumerate(self.effects(), 1):
             try:

@@ -174,4 +174,34 @@ FAILURES = (
         Failure.WRONG,
         "tests/native/test_guard.py::test_everything_the_helper_reads_or_stores_in_a_mapping_is_guarded",
     ),
+    Mutant(
+        "new segment opened behind its superblock",
+        "what can fail for want of descriptors fails before a superblock names the segment",
+        (
+            Patch(
+                "mmapwal/preparing.py",
+                "            with engine.segments.expecting(record, engine.sync_method):",
+                "            if True:",
+            ),
+        ),
+        Method.FAULTS,
+        Failure.OTHER_ERROR,
+        "tests/journal/test_process_limits.py::test_a_new_segment_that_cannot_be_opened_for_writing_fails_the_append_and_poisons_nothing",
+    ),
+    Mutant(
+        "file made over what lies there",
+        "what comes to lie in the place of a file that is being made is not written to",
+        (Patch("mmapwal/storage.py", "os.O_RDWR | os.O_CREAT | os.O_EXCL, ", "os.O_RDWR | os.O_CREAT, "),),
+        Method.UNIT,
+        Failure.ACCEPTED,
+        "tests/journal/test_security.py::test_what_comes_to_lie_in_the_place_of_what_is_being_made_is_not_written_to",
+    ),
+    Mutant(
+        "wait at a pipe",
+        "a pipe in the place of a file is refused at once",
+        (Patch("native/file.c", " | O_NOFOLLOW | O_NONBLOCK, mode);", " | O_NOFOLLOW, mode);"),),
+        Method.UNIT,
+        Failure.WRONG,
+        "tests/journal/test_security.py::test_what_is_no_file_in_the_place_of_one_is_refused_at_once_and_never_written_through[superblock-put_pipe]",
+    ),
 )

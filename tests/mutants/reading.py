@@ -13,7 +13,7 @@ READING = (
             Patch(
                 "native/writer.c",
                 "    if (op > 0 && w->config.durability != MW_BUFFERED) {",
-                "    if (op > 0 && op % 64 == 0) {",
+                "    if (op > 0 && op % 1024 == 0) {",
             ),
         ),
         Method.CHILD,
@@ -226,6 +226,34 @@ READING = (
         Method.DAMAGE,
         Failure.ACCEPTED,
         "tests/journal/test_files.py::test_every_byte_of_the_superblock_matters",
+    ),
+    Mutant(
+        "bounds of the superblock not checked",
+        "a superblock that contradicts itself is refused",
+        (
+            Patch(
+                "mmapwal/superblock.py",
+                "wrong = next(_contradictions(superblock), None)",
+                "wrong = None",
+            ),
+        ),
+        Method.DAMAGE,
+        Failure.WRONG,
+        "tests/journal/test_security.py::test_absurd_sizes_end_in_an_error_and_not_in_memory",
+    ),
+    Mutant(
+        "superblock written that would be refused",
+        "nothing is written that would be refused when it is read",
+        (
+            Patch(
+                "mmapwal/superblock.py",
+                "return replace(new, sequence=self.current.sequence + 1).checked()",
+                "return replace(new, sequence=self.current.sequence + 1)",
+            ),
+        ),
+        Method.DAMAGE,
+        Failure.ACCEPTED,
+        "tests/fuzz/test_found.py::test_what_would_be_refused_when_it_is_read_is_not_written",
     ),
     Mutant(
         "version not checked",

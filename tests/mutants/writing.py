@@ -31,7 +31,7 @@ SYNCS = (
             ),
         ),
         Method.EXPLORER,
-        Failure.REFUSED,
+        Failure.LOST,
         explored("drains"),
     ),
     Mutant(
@@ -168,13 +168,52 @@ SYNCS = (
             ),
             Patch(
                 "mmapwal/opening.py",
-                "            self.directory.sync_parent()\n            self.remove_strangers()",
-                "            self.remove_strangers()",
+                "                self.directory.sync_parent()\n                self.remove_strangers()",
+                "                self.remove_strangers()",
             ),
         ),
         Method.EXPLORER,
         Failure.LOST,
         explored("creates_and_appends"),
+    ),
+)
+
+SYSTEM = (
+    Mutant(
+        "first page of a commit's msync only",
+        "the msync of a commit covers all of it",
+        (
+            Patch(
+                "native/file.c",
+                "    do rc = msync(file->map + from, offset + bytes - from, MS_SYNC);",
+                "    do rc = msync(file->map + from, 1, MS_SYNC);",
+            ),
+        ),
+        Method.CHILD,
+        Failure.WRONG,
+        "tests/unit/test_seam.py::test_each_msync_covers_all_of_what_was_stored[commits]",
+    ),
+    Mutant(
+        "first page of a later msync only",
+        "a sync covers all that was stored since the last one",
+        (Patch("native/file.c", "msync_range(file, 0, file->bytes);", "msync_range(file, 0, 1);"),),
+        Method.CHILD,
+        Failure.WRONG,
+        "tests/unit/test_seam.py::test_each_msync_covers_all_of_what_was_stored[syncs]",
+    ),
+    Mutant(
+        "sync of the parent that does nothing",
+        "the journal's own name is durable before anything is acknowledged",
+        (
+            Patch(
+                "mmapwal/storage.py",
+                "            _check(lib.mw_fd_sync(parent), str(self.path.parent))",
+                "            pass",
+            ),
+        ),
+        Method.CHILD,
+        Failure.WRONG,
+        "tests/unit/test_seam.py::test_the_parent_is_synced_behind_the_making_and_ahead_of_the_first_superblock",
     ),
 )
 
@@ -253,7 +292,7 @@ ORDER = (
         (
             Patch(
                 "mmapwal/opening.py",
-                "            self.file.commit(superblock)\n            self.directory.sync_parent()\n",
+                "                self.file.commit(superblock)\n                self.directory.sync_parent()\n",
                 "",
             ),
         ),

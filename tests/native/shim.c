@@ -16,6 +16,7 @@ enum { THROUGH = 0, SHORT = -1, NOTHING = -2 }; /* what is above 0 is the errno 
 static const char *const names[CALLS] = {"pwrite", "pwritev2", "fdatasync", "fsync", "msync", "pread"};
 static int plan[CALLS][STEPS];
 static int planned[CALLS], begun[CALLS], flags_seen;
+static size_t synced_bytes;
 
 static int index_of(const char *name) {
     for (int i = 0; i < CALLS; i++)
@@ -35,6 +36,8 @@ int shim_plan(const char *name, const int *steps, int count) {
 int shim_count(const char *name) { return begun[index_of(name)]; }
 
 int shim_flags(void) { return flags_seen; } /* of the last pwritev2 */
+
+size_t shim_synced_bytes(void) { return synced_bytes; } /* by the last msync */
 
 static int step(enum call call) {
     int at = begun[call]++;
@@ -86,6 +89,7 @@ int fsync(int fd) {
 
 int msync(void *address, size_t bytes, int flags) {
     int (*real)(void *, size_t, int) = dlsym(RTLD_NEXT, "msync");
+    synced_bytes = bytes;
     return failed(step(MSYNC)) ? -1 : real(address, bytes, flags);
 }
 

@@ -27,6 +27,11 @@ def flags():
     return library.shim_flags()
 
 
+def synced_bytes():
+    library.shim_synced_bytes.restype = ctypes.c_size_t
+    return library.shim_synced_bytes()
+
+
 def content(offset, length):
     with open(sys.argv[1], "rb") as f:  # noqa: PTH123  # another descriptor, and no pread
         f.seek(offset)

@@ -157,6 +157,7 @@ class TestMsync:
     def test_bytes_are_stored_and_their_pages_synced(self, run_shimmed: Script) -> None:
         run_shimmed(f"""{MAPPED}
 assert lib.mw_file_write_sync(file, 4090, b"0123456789", 10) == 0
+assert synced_bytes() == 4100
 assert [calls(c) for c in ("msync", "pwrite", "pwritev2", "fdatasync")] == [1, 0, 0, 0]
 assert content(4090, 10) == b"0123456789"
 """)
@@ -176,6 +177,7 @@ assert lib.mw_file_write(file, 5000, b"x", 1) == 0
 assert file.unsynced == 1 and calls("msync") == 0
 assert lib.mw_file_sync(file) == 0
 assert file.unsynced == 0 and calls("msync") == 1 and calls("fdatasync") == 1
+assert synced_bytes() == 8192
 """)
 
     def test_a_sync_that_failed_leaves_the_store_owed(self, run_shimmed: Script) -> None:

@@ -49,6 +49,8 @@ class Counts:
             paired = replica.journal.pairing
             assert (paired[0] if paired else 0) == replica.journal.snapshot_op >= checkpoint
             assert replica.journal.verify().ok
+            if replica.journal.remaining_capacity == 0:  # cut when the submits waited for the checkpoint
+                replica.checkpoint()
             count = replica.submit(machines.payload(machine.count + 1))
             replica.checkpoint()
         again = machines.Chain()

@@ -194,9 +194,10 @@ def test_of_commits_that_many_share_the_disk_at_any_instant_has_all_that_was_tol
     with place_for_clones(disks) as outer:
         while cuts < power_cycles:
             method = METHODS[cuts // CLONES_OF_A_LIFE % len(METHODS)]
+            how = method, chance.choice(["SYNC", "OS"])
 
-            def arguments(path: Path, method: str = method) -> tuple[object, ...]:
-                return "crowd", path, method, 600, who
+            def arguments(path: Path, how: tuple[str, str] = how) -> tuple[object, ...]:
+                return "crowd", path, *how, 600, who
 
             pauses = [chance.randrange(200, 4000) for _ in range(CLONES_OF_A_LIFE)]
             waits = [lambda writer, p=pause: writer.wait_for_more(p) for pause in pauses]

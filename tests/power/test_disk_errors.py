@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import threading
@@ -309,7 +310,7 @@ def read_all(journal):
         "columns": told(lambda: len(journal.columns().ops)),
         "headers": told(lambda: len(journal.headers(copy=True))),
         "header": told(lambda: journal.header(50).op),
-        "verified": told(lambda: journal.verify().ok),
+        "verified": told(lambda: [(p.segment, p.reason) for p in journal.verify().problems]),
     }))
 
 opened = told(lambda: Journal(sys.argv[1]))
@@ -337,7 +338,7 @@ def read_journal(run_python: Run, path: Path) -> dict[str, Any]:
 
 ALL_WELL = {
     "copies": [True] * 100, "iterated": 100, "payloads": 100, "columns": 100, "headers": 100, "header": 50,
-    "verified": True,
+    "verified": [],
 }  # fmt: skip
 
 
@@ -358,7 +359,8 @@ def test_what_the_disk_fails_to_bring_is_an_error_from_all_that_is_guarded_and_i
                 assert found[way] == "EIO", way
             assert found["headers"] in {100, "EIO"}
             assert found["header"] in {50, "EIO"}
-            assert found["verified"] in {"EIO", False}
+            ((segment, reason),) = found["verified"]
+            assert segment.startswith("segment-") and "fails to read" in reason
             assert read_journal(run_python, path) == ALL_WELL
 
 
@@ -373,6 +375,24 @@ def test_what_is_read_from_a_view_is_outside_the_guard_and_kills(
         with disk.mounted() as path:
             disk.fail("read", BAD)
             assert run_python(script, path / "j").returncode == -signal.SIGBUS
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_repair_that_cannot_read_tells_the_place_and_leaves_nothing_out(
+    tmp_path: Path, kind: str, run_python: Run
+) -> None:
+    script = "import sys; from mmapwal.cli import main; sys.exit(main(['repair', sys.argv[1]]))"
+    with fuse_disk(kind, tmp_path) as disk:
+        write_journal(disk, run_python, "closed")
+        with disk.mounted() as path:
+            names = sorted(os.listdir(path / "j"))  # noqa: PTH208
+            disk.fail("read", BAD)
+            done = run_python(script, path / "j")
+            assert disk.heal()
+            assert done.returncode == 2
+            assert re.search(r"segment-\w+-\w+: Input/output error at byte \d+: ", done.stderr), done.stderr
+            assert sorted(os.listdir(path / "j")) == names  # noqa: PTH208
+            assert read_journal(run_python, path) == ALL_WELL
 
 
 @pytest.mark.parametrize("kind", KINDS)

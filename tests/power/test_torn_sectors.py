@@ -161,7 +161,7 @@ def open_and_die(disk: FuseDisk, seed: int) -> None:
 def live_in_a_crowd(disk: FuseDisk, method: str) -> bytes:
     """What was noted."""
     with disk.mounted() as path, disk.notes.open("ab") as notes:
-        run_module("crowd", path / "j", method, CROWD_ENTRIES, stdout=notes)
+        run_module("crowd", path / "j", method, "SYNC", CROWD_ENTRIES, stdout=notes)
     return disk.notes.read_bytes()
 
 

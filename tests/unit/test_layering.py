@@ -5,12 +5,15 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import get_args, get_type_hints
 
 import pytest
 
 import mmapwal
+import mmapwal.testing
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "mmapwal"
@@ -20,7 +23,7 @@ PACKAGE = ROOT / "mmapwal"
 LAYERS = [
     {"_native"},
     {"errors", "format"},
-    {"storage", "extras", "filelock", "descriptor", "injected", "aside"},
+    {"storage", "extras", "filelock", "descriptor", "injected", "aside", "threads"},
     {"segment", "index", "page", "superblock", "columns", "disposal"},
     {
         "engine",
@@ -34,6 +37,7 @@ LAYERS = [
         "removal",
         "verify",
         "stats",
+        "syncing",
         "observer",
         "following",
         "walking",
@@ -195,6 +199,37 @@ def test_every_public_method_is_documented(name: str) -> None:
     assert inspect.getdoc(getattr(getattr(mmapwal, owner), method)), name
 
 
-def test_all_names_what_is_there_sorted_and_once() -> None:
-    assert len(set(mmapwal.__all__)) == len(mmapwal.__all__)
-    assert all(hasattr(mmapwal, name) for name in mmapwal.__all__)
+@pytest.mark.parametrize("face", [mmapwal, mmapwal.testing], ids=lambda m: m.__name__)
+def test_all_names_what_is_there_sorted_and_once(face: ModuleType) -> None:
+    assert sorted(set(face.__all__)) == sorted(face.__all__)
+    assert all(hasattr(face, name) for name in face.__all__)
+
+
+def kinds_in(hints: Iterable[object]) -> Iterator[type]:
+    """The classes that types are made of."""
+    for hint in hints:
+        if inspect.isclass(hint):
+            yield hint
+        yield from kinds_in(hint if isinstance(hint, list) else get_args(hint))
+
+
+def public_calls(face: ModuleType) -> Iterator[Callable[..., object]]:
+    for thing in (getattr(face, name) for name in face.__all__):
+        members = (
+            vars(thing) if inspect.isclass(thing) else {thing.__name__: thing} if callable(thing) else {}
+        )
+        for name, member in members.items():
+            call = getattr(member, "fget", getattr(member, "__func__", member))
+            if inspect.isfunction(call) and not name.startswith("_"):
+                yield call
+
+
+def test_what_the_calls_of_testing_take_and_give_has_a_public_name() -> None:
+    public = {getattr(face, name) for face in (mmapwal, mmapwal.testing) for name in face.__all__}
+    hidden = {
+        f"{call.__qualname__}: {kind.__name__}"
+        for call in public_calls(mmapwal.testing)
+        for kind in kinds_in(get_type_hints(call).values())
+        if kind.__module__.startswith("mmapwal") and kind not in public
+    }
+    assert hidden == set()

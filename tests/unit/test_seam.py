@@ -130,6 +130,11 @@ class Call(NamedTuple):
     inside: bool
     line: str
 
+    @property
+    def file(self) -> str:
+        """What its first descriptor is of."""
+        return Path(re.findall("<(/[^>]*)>", self.line)[0]).name
+
 
 def is_effect(name: str, line: str) -> bool:
     if name in {"open", "openat", "openat2"}:
@@ -171,12 +176,16 @@ class Run(NamedTuple):
     effects: list[Call]
     output: str
 
+    @property
+    def marked(self) -> list[Call]:
+        return [call for call in self.effects if call.inside]
+
 
 @pytest.fixture
 def traced(strace: str, tmp_path: Path) -> Callable[..., Run]:
     def run(script: str, *arguments: str) -> Run:
         journal, trace = tmp_path / "parent" / "journal", tmp_path / "trace"
-        journal.parent.mkdir()
+        journal.parent.mkdir(exist_ok=True)
         names = ",".join(f"?{name}" for name in EFFECTS + MARKS)
         command = [strace, "-f", "-y", "-s", "64", "-o", trace, "-e", f"trace={names}"]
         child = [sys.executable, "-W", "error", "-c", script, journal, *arguments]
@@ -248,7 +257,128 @@ def test_a_durable_append_is_one_write_and_one_flush_and_nothing_else(
     traced: Callable[..., Run], method: str, calls: dict[str, int]
 ) -> None:
     run = traced("import os, sys\nfrom mmapwal import *\n" + ONE_APPEND, method)
-    appends = [call for call in run.effects if call.inside]
-    assert dict(Counter(call.name for call in appends)) == calls
+    assert dict(Counter(call.name for call in run.marked)) == calls
     if method == "DSYNC":
-        assert all("RWF_DSYNC" in call.line for call in appends)
+        assert all("RWF_DSYNC" in call.line for call in run.marked)
+
+
+# --- what the syncs cover -----------------------------------------------------------------------------
+
+# Each prints a line for each range that it had stored and then synced: its address and its length.
+INTO_A_SEGMENT = """
+def address():
+    for line in open("/proc/self/maps"):
+        if "rw-s" in line and "segment-0000000000000001" in line:
+            return int(line.split("-")[0], 16)
+
+durability = Durability[sys.argv[2]]
+options = {"sync_method": SyncMethod.MSYNC, "durability": durability}
+with Journal(sys.argv[1], slots=256, segment_bytes=1 << 20, **options) as journal:
+    journal.append(b"")
+    journal.sync()
+    os.access("/seam-begin", 0)
+    for size in (10, 100, 5000, 20_000, 70_000):
+        journal.append(bytes(size))
+        if durability is not Durability.SYNC:
+            journal.sync()
+    os.access("/seam-end", 0)
+    for op in range(2, len(journal) + 1):
+        columns = journal.columns(op, op)
+        print(address() + columns.offsets[0] - 64, columns.lengths[0] + 64)
+"""
+INTO_A_SHARED_MAPPING = """
+with SystemDirectory(sys.argv[1]) as directory:
+    file = directory.create("f")
+    file.write_at(0, bytes(20_000))
+    shared = file.shared()
+    shared[100], shared[19_999] = 1, 1
+    os.access("/seam-begin", 0)
+    file.sync()
+    os.access("/seam-end", 0)
+    print(int(ffi.cast("uintptr_t", ffi.from_buffer(shared))), len(shared))
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "durability"),
+    [(INTO_A_SEGMENT, "SYNC"), (INTO_A_SEGMENT, "OS"), (INTO_A_SHARED_MAPPING, "")],
+    ids=["commits", "syncs", "a shared mapping"],
+)
+def test_each_msync_covers_all_of_what_was_stored(
+    traced: Callable[..., Run], script: str, durability: str
+) -> None:
+    prelude = "import os, sys\nfrom mmapwal import *\nfrom mmapwal._native import ffi\n"
+    run = traced(prelude + script, durability)
+    stored = [tuple(map(int, line.split())) for line in run.output.splitlines()]
+    synced = [re.findall(r"msync\((\w+), (\d+)", call.line)[0] for call in run.marked if call.name == "msync"]
+    assert len(stored) == len(synced) > 0
+    for (address, length), (begin, synced_bytes) in zip(stored, synced, strict=True):
+        assert int(begin, 16) <= address
+        assert address + length <= int(begin, 16) + int(synced_bytes)
+
+
+EACH_SYNC = """
+with SystemDirectory(sys.argv[1]) as directory:
+    made = directory.create("made")
+    made.write_at(0, bytes(8192))
+    made.close()
+    files = [directory.open("made", writable=True, sync_method=m) for m in list(SyncMethod)[1:]]
+    os.access("/seam-begin", 0)
+    directory.sync()
+    directory.sync_parent()
+    for file in files:
+        file.write_at(100, b"x")
+        file.sync()
+        file.write_sync_at(200, b"x")
+    os.access("/seam-end", 0)
+"""
+
+
+def test_each_sync_of_the_seam_is_one_of_the_system_on_just_that_file(traced: Callable[..., Run]) -> None:
+    run = traced("import os, sys\nfrom mmapwal import *\n" + EACH_SYNC)
+    assert [c.name if c.name == "msync" else f"{c.name} {c.file}" for c in run.marked] == [
+        *("fsync journal", "fsync parent"),
+        *("pwrite64 made", "fdatasync made", "pwritev2 made"),  # dsync
+        *("pwrite64 made", "fdatasync made", "pwrite64 made", "fdatasync made"),
+        *("msync", "msync", "fdatasync made", "msync"),
+    ]
+
+
+# A life that sees to it that there is something to remove when the journal is opened.
+LIFE = """
+stray = os.path.join(sys.argv[1], "segment-00000000000000ff-00000000")
+if os.path.exists(sys.argv[1]):
+    open(stray, "w").close()
+journal = Journal(sys.argv[1], slots=256, segment_bytes=32768)
+journal.append(bytes(100))
+if sys.argv[2] == "killed":
+    os._exit(0)
+journal.close()
+"""
+
+
+def place(calls: list[Call], name: str, text: str) -> int:
+    """Where the first such call is."""
+    found = [n for n, call in enumerate(calls) if call.name.startswith(name) and text in call.line]
+    assert found, f"no {name} with {text}"
+    return found[0]
+
+
+def test_the_parent_is_synced_behind_the_making_and_ahead_of_the_first_superblock(
+    traced: Callable[..., Run],
+) -> None:
+    calls = traced("import os, sys\nfrom mmapwal import *\n" + LIFE, "killed").effects
+    made, synced = place(calls, "mkdir", "/journal"), place(calls, "fsync", "/parent>)")
+    assert made < synced < place(calls, "renameat", '"superblock"')
+
+
+@pytest.mark.parametrize("before", ["killed", "closed"])
+def test_an_open_syncs_the_parent_behind_its_superblock_and_ahead_of_all_that_it_removes_or_appends(
+    traced: Callable[..., Run], before: str
+) -> None:
+    script = "import os, sys\nfrom mmapwal import *\n" + LIFE
+    traced(script, before)
+    calls = traced(script, "killed").effects
+    replaced, synced = place(calls, "renameat", '"superblock"'), place(calls, "fsync", "/parent>)")
+    removed, appended = place(calls, "unlinkat", "00ff-"), place(calls, "pwrite", "/segment-")
+    assert replaced < synced < min(removed, appended)

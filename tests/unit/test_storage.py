@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import errno
+import gc
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -515,6 +516,7 @@ def open_descriptors() -> int:
 
 
 def test_descriptors_are_given_back(system: SystemDirectory) -> None:
+    gc.collect()
     before = open_descriptors()
     for method in SyncMethod:
         file = system.create("f")
