@@ -254,7 +254,9 @@ class Follower:
         found.past_gaps = self._at < again_lsn
         count = walk.run(self._at, min(limit, self._at + AHEAD_BYTES), self._room.native, ROWS)
         if count:
-            entries = self._given(Gathered(table, self._room, count, True, int(found.stride)))
+            self._highest_op = max(self._highest_op, int(found.highest_op))
+            chunk = Gathered(table, self._room, count, True, int(found.stride))
+            entries = self._given_one(chunk) if count == 1 else self._given(chunk)
             self._at = int(found.lsn)
             return entries
         error = walk.error()  # behind entries it comes the next time
@@ -315,9 +317,17 @@ class Follower:
         look.run(self._at, to_lsn, self._room.native, 0)
         return None if look.native.failed else int(look.native.stop)
 
+    def _given_one(self, chunk: Gathered) -> Iterator[Entry]:
+        """Who is not behind gets each by itself: in half the time without columns."""
+        row = chunk.out.native
+        op = int(row.op[0])
+        if self._written:
+            self._unproven.append((int(row.lsn[0]), op))
+        payload = chunk.table.map(row.segment[0])[row.start[0] : row.end[0]]
+        return iter((Entry(op, payload, int(row.kind[0]), int(row.timestamp_ns[0])),))
+
     def _given(self, chunk: Gathered) -> Iterator[Entry]:
         out, count = chunk.out, chunk.rows
-        self._highest_op = max(self._highest_op, int(out.op[:count].max()))
         ops = out.op[:count].tolist()
         if self._written:
             self._unproven.extend(zip(out.lsn[:count].tolist(), ops, strict=True))

@@ -56,6 +56,7 @@ class Observer(Engine):
         self.sync_method = SyncMethod.FDATASYNC
         self.segments = SegmentSet(directory, _NOBODY.uuid, ())
         self._superblock = _NOBODY
+        self._proven = (_NOBODY, 0)  # how far that proves; of many segments it takes a while to tell
         self._page: ProgressPage | None = None
         self._page_at = float("-inf")
         self._page_file: object = None  # which it is in
@@ -147,8 +148,11 @@ class Observer(Engine):
         written, durable = (0, 0) if page is None else page.progress()
         if page is not None and page.superblock_sequence() < superblock.sequence:
             written = 0
+        proven = self._proven
+        if proven[0] is not superblock:
+            proven = self._proven = superblock, superblock.proven_lsn
         if superblock is not _NOBODY:
-            durable = max(durable, superblock.proven_lsn)
+            durable = max(durable, proven[1])
         self._limit = durable = max(self._limit, durable)  # another page begins at nothing
         return max(written, durable), durable
 

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -40,10 +40,10 @@ class SegmentRecord:
     capacity: int
     generation: int = 0
     end_lsn: int = 0
+    name: str = field(init=False, repr=False, compare=False)  # of id and generation
 
-    @property
-    def name(self) -> str:
-        return fmt.segment_name(self.id, self.generation)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", fmt.segment_name(self.id, self.generation))
 
     @property
     def next_base_lsn(self) -> int:

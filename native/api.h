@@ -322,6 +322,7 @@ struct mw_walk {
     uint64_t op;                /* of the frame that it stopped at, when its header can be believed; or 0 */
     uint64_t behind_lsn;        /* MW_WALK_GAP: of the next frame */
     uint64_t stride;            /* all rows are of one length, and so far apart; or 0 */
+    uint64_t highest_op;        /* among the rows; or 0 */
     int stop;
     int failed;                 /* MW_E_CORRUPT or a negative errno; what comes before it counts all the same */
 };

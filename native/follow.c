@@ -131,6 +131,7 @@ static void put(struct mw_walk *s, struct mw_columns *out, uint64_t row, const s
     uint64_t start = MW_PAGE_BYTES + (s->lsn - s->base_lsn) + MW_FRAME_BYTES;
     if (row == 0) s->stride = mw_frame_bytes(f->length);
     else if (start - out->start[row - 1] != s->stride || f->length != out->end[0] - out->start[0]) s->stride = 0;
+    if (f->op > s->highest_op) s->highest_op = f->op;
     out->op[row] = f->op;
     out->start[row] = start;
     out->end[row] = start + f->length;
@@ -151,7 +152,7 @@ static int walk(void *arg) {
     struct mw_walk *s = w->walk;
     uint64_t end = s->base_lsn + s->capacity;
     s->stop = MW_WALK_LIMIT;
-    s->stride = 0;
+    s->stride = s->highest_op = 0;
     while (s->lsn < s->limit_lsn && s->lsn < end) {
         const uint8_t *at = s->frames + (s->lsn - s->base_lsn);
         struct mw_frame f;
