@@ -75,6 +75,15 @@ def test_what_is_there_comes_whole_and_then_what_is_appended(journal: Journal) -
     assert plain(seen) == plain(journal.entries())
 
 
+@pytest.mark.parametrize("written", [False, True])
+def test_who_is_not_behind_gets_each_as_it_is(journal: Journal, written: bool) -> None:
+    following_, seen = journal.follow(timeout=0.01, written=written), []
+    for n in range(150):
+        journal.append(b"%d" % n * (n % 150), kind=n)
+        seen.append(next(following_))
+    assert plain(seen) == plain(journal.entries())
+
+
 def test_the_order_is_that_of_the_commits_and_a_replaced_entry_comes_again(journal: Journal) -> None:
     for op in (5, 3, 9, 4):
         journal.append(b"%d" % op, op=op)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -441,6 +442,22 @@ def test_a_follower_waits_for_a_writer_that_is_not_there_yet(start: Callable[[],
     with pytest.raises(FileNotFoundError):
         Journal(path.parent / "empty", readonly=True, create=False)
     assert list((path.parent / "empty").iterdir()) == []
+
+
+def test_what_a_newer_superblock_proves_is_there_for_who_has_no_page_to_look_at(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(observer, "LOOK_S", 0)
+    copy = tmp_path / "copy"
+    with Journal(path, **SMALL) as journal:
+        journal.append(b"1")
+        shutil.copytree(path, copy, ignore=shutil.ignore_patterns(f"{fmt.INDEX_NAME}*"))
+        reader = Journal(copy, readonly=True)
+        assert ops(reader.follow(timeout=0)) == []
+    shutil.copy(path / fmt.SUPERBLOCK_NAME, copy / "new")
+    (copy / "new").rename(copy / fmt.SUPERBLOCK_NAME)
+    assert ops(reader.follow(timeout=0)) == [1]
+    reader.close()
 
 
 def test_a_journal_that_takes_the_place_of_the_one_that_is_read_is_told(path: Path) -> None:
