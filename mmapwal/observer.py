@@ -148,10 +148,10 @@ class Observer(Engine):
         written, durable = (0, 0) if page is None else page.progress()
         if page is not None and page.superblock_sequence() < superblock.sequence:
             written = 0
-        proven = self._proven
-        if proven[0] is not superblock:
-            proven = self._proven = superblock, superblock.proven_lsn
         if superblock is not _NOBODY:
+            proven = self._proven
+            if proven[0] is not superblock:
+                proven = self._proven = superblock, superblock.proven_lsn
             durable = max(durable, proven[1])
         self._limit = durable = max(self._limit, durable)  # another page begins at nothing
         return max(written, durable), durable

@@ -31,7 +31,7 @@ class BackgroundSync:
 
     def stop(self) -> None:
         """Waits for the one under way."""
-        self._stopped.set()
+        self.cancel()
         if self._thread is not None:
             self._thread.join()
 

@@ -45,6 +45,12 @@ def open_log(tmp_path: Path) -> Iterator[Callable[..., MmapJournal]]:
         log._destroy()
 
 
+def add_through(log: MmapJournal, last: int) -> None:
+    """Entries from 1 on, each of its own number, of term 1."""
+    for idx in range(1, last + 1):
+        log.add(b"%d" % idx, idx, 1)
+
+
 def listed(log: Any) -> list[tuple[bytes, int, int]]:
     return [tuple(entry) for entry in log[:]]
 
@@ -173,8 +179,7 @@ def test_an_index_that_is_not_the_next_is_refused_before_anything_is_removed_or_
 ) -> None:
     log = open_log()
     log._starting = False
-    for idx in range(1, 11):
-        log.add(b"%d" % idx, idx, 1)
+    add_through(log, 10)
     log.sync()
     before = log.journal.written_lsn
     for idx in (0, 5, 10, 12, 1000):
@@ -192,8 +197,7 @@ def test_of_a_dump_whose_first_entry_alone_is_in_the_log_the_second_replaces_wha
     open_log: Callable[..., MmapJournal],
 ) -> None:
     log = open_log()
-    for idx in range(1, 21):
-        log.add(b"%d" % idx, idx, 1)
+    add_through(log, 20)
     log = open_log()
     log.clear()
     log.add(b"9", 9, 1)
@@ -207,8 +211,7 @@ def test_a_command_that_is_too_long_does_not_remove_what_it_cannot_replace(
     open_log: Callable[..., MmapJournal],
 ) -> None:
     log = open_log(max_payload_bytes=1000)
-    for idx in range(1, 11):
-        log.add(b"%d" % idx, idx, 1)
+    add_through(log, 10)
     log.deleteEntriesFrom(5)
     with pytest.raises(PayloadTooLargeError):
         log.add(b"x" * 1000, 6, 2)
@@ -220,8 +223,7 @@ def test_an_emptied_log_begins_at_any_index_that_was_not_given_to_the_dump(
     open_log: Callable[..., MmapJournal], removed: int
 ) -> None:
     log = open_log()
-    for idx in range(1, 11):
-        log.add(b"%d" % idx, idx, 1)
+    add_through(log, 10)
     log.deleteEntriesTo(removed)
     log.deleteEntriesFrom(0)
     assert not len(log)
@@ -235,8 +237,7 @@ def test_an_entry_that_is_held_may_be_gone_and_the_node_does_not_stop_for_that(
     open_log: Callable[..., MmapJournal],
 ) -> None:
     log = open_log()
-    for idx in range(1, 11):
-        log.add(b"%d" % idx, idx, 1)
+    add_through(log, 10)
     held = log[2]
     log.deleteEntriesTo(5)
     with pytest.raises(MissingOpError):
@@ -272,8 +273,7 @@ def test_no_entry_is_kept_on_the_heap(open_log: Callable[..., MmapJournal]) -> N
 def test_what_was_synced_survives_a_power_cut_and_the_commit_index_covers_nothing_else() -> None:
     disk = CrashDisk(name_durable=True)
     log = MmapJournal(".", storage=disk, **SMALL)
-    for idx in range(1, 11):
-        log.add(b"%d" % idx, idx, 1)
+    add_through(log, 10)
     log.setCurrentTerm(7, "host:1")
     log.setRaftCommitIndex(9)
     log.onOneSecondTimer()
@@ -366,8 +366,7 @@ def test_entries_behind_a_dump_that_a_crash_left_too_new_for_its_log_are_kept(
 ) -> None:
     """The dump is there, the entries in it are not yet gone: those behind it were promised to the leader."""
     log = open_log()
-    for idx in range(1, 21):
-        log.add(b"%d" % idx, idx, 1)
+    add_through(log, 20)
     log.sync()
     log = open_log()
     log.clear()  # as PySyncObj does when it loads the dump at the start
@@ -379,8 +378,7 @@ def test_entries_behind_a_dump_that_a_crash_left_too_new_for_its_log_are_kept(
 
 def test_a_log_that_does_not_fit_the_dump_gives_way_to_it(open_log: Callable[..., MmapJournal]) -> None:
     log = open_log()
-    for idx in range(1, 21):
-        log.add(b"%d" % idx, idx, 1)
+    add_through(log, 20)
     log = open_log()
     log.clear()
     log.add(b"9", 9, 2)
@@ -393,8 +391,7 @@ def test_a_dump_of_the_leader_replaces_the_log_that_goes_further(
 ) -> None:
     """Only at the start an entry that is the same says that those behind it may stay."""
     log = open_log()
-    for idx in range(1, 21):
-        log.add(b"%d" % idx, idx, 1)
+    add_through(log, 20)
     log.onOneSecondTimer()
     log.clear()
     log.add(b"9", 9, 1)
@@ -564,8 +561,7 @@ def test_a_dump_older_than_what_is_gone_from_the_log_stops_the_node(
     open_log: Callable[..., MmapJournal],
 ) -> None:
     log = open_log()
-    for idx in range(1, 21):
-        log.add(b"%d" % idx, idx, 1)
+    add_through(log, 20)
     log.deleteEntriesTo(15)
     log.clear()
     with pytest.raises(JournalFailedError, match="ends at 3, and the log begins behind 15"):

@@ -20,6 +20,18 @@ from mmapwal.testing import Call, InterposedDirectory
 from .files import Home, bytes_of, change_superblock, entry_frames, flip, read, superblock_of
 from .test_repair import SIZES, opened
 
+
+def rotten(home: Home) -> Directory:
+    """A journal in three segments, with damage in the second."""
+    with home.open(**SIZES) as journal:
+        for n in range(1, 61):
+            journal.append(b"%02d" % n * 200)
+    directory = home.directory()
+    frame = entry_frames(directory)[40]
+    flip(directory, frame.name, frame.payload_at)
+    return directory
+
+
 # --- how much memory it takes ---------------------------------------------------------------------------
 
 
@@ -50,12 +62,7 @@ def test_one_segment_is_in_memory_at_a_time_however_many_are_damaged(home: Home,
 def test_a_segment_too_large_for_memory_is_an_oserror_and_nothing_changes(
     home: Home, run_python: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
-    with home.open(**SIZES) as journal:
-        for n in range(1, 31):
-            journal.append(b"%d" % n * 200)
-    directory = home.directory()
-    frame = entry_frames(directory)[1]
-    flip(directory, frame.name, frame.payload_at)
+    directory = rotten(home)
     *segments, last = superblock_of(directory).segments
     large = replace(last, capacity=fmt.CAPACITY_MAX)
     change_superblock(directory, segments=(*segments, large), seal=None)
@@ -95,17 +102,6 @@ class Unreadable(InterposedDirectory):
             if start < self.sector_at + 512 and call.offset + len(found) > self.sector_at:
                 raise OSError(errno.EIO, os.strerror(errno.EIO), call.name)
         return found
-
-
-def rotten(home: Home) -> Directory:
-    """A journal in three segments, with damage in the second."""
-    with home.open(**SIZES) as journal:
-        for n in range(1, 61):
-            journal.append(b"%02d" % n * 200)
-    directory = home.directory()
-    frame = entry_frames(directory)[40]
-    flip(directory, frame.name, frame.payload_at)
-    return directory
 
 
 @pytest.mark.parametrize("dry_run", [True, False])
