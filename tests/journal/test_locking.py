@@ -408,6 +408,7 @@ def is_interrupted(call: Callable[[], object], nth: int) -> bool:
         return True
     finally:
         sys.settrace(traced)
+        before.clear()  # an interrupted frame returns nowhere: it and all it holds would stay
     return False
 
 
