@@ -9,10 +9,12 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator
+from functools import partial
 from itertools import chain
+from struct import Struct
 from typing import Any, Protocol
 
-from mmapwal._native import lib
+from mmapwal._native import ffi, lib
 from mmapwal.columns import Gathered, Room
 from mmapwal.errors import CorruptionError, StaleOpError, TruncatedError
 from mmapwal.observer import LOOK_S
@@ -29,6 +31,7 @@ AHEAD_BYTES = 1 << 20  # who follows large entries need not wait for so many
 NO_OP = 2**63  # above all there are
 NOBODY_S = 0.02  # there is no page yet
 SPIN_S = 0.0003  # to wake who sleeps costs the writer some 10 us, on virtual machines more
+_TAKEN = Struct("=6QqQ")  # the end of struct mw_next
 _NOT_YET: Iterator[Entry] = iter(())  # what could come next cannot be had now
 POLL_S = 0.001  # the page cannot be stored to: nobody knows that one sleeps
 
@@ -76,20 +79,23 @@ class Bell:
         if page is not None:
             self._word = page.word()
 
-    def wait(self, timeout_s: float) -> None:
-        """Blocks until something may have come, at most so long. A signal ends it. OSError."""
+    def wait(self, timeout_s: float, following: Any = ffi.NULL) -> None:
+        """Blocks until something may have come, at most so long. A signal ends it. OSError. `following`
+        (struct mw_next) is taken when something has."""
         page = self._engine.follow_page()
         if self.stopped:
             return
         if page is None:
             time.sleep(min(timeout_s, NOBODY_S))
             return
-        began = time.monotonic()
-        if self._hurries and page.spin(self._word, min(timeout_s, SPIN_S)):
-            return
+        soon_s = SPIN_S
+        if self._hurries:
+            if page.spin(self._word, min(timeout_s, SPIN_S), following):
+                return
+            soon_s = 0.0  # it was not
         if not self.stopped:
-            page.wait(self._word, min(timeout_s, LOOK_S if page.writable else POLL_S))
-        self._hurries = time.monotonic() - began < SPIN_S
+            longest_s = LOOK_S if page.writable else POLL_S
+            self._hurries = page.wait(self._word, min(timeout_s, longest_s), soon_s, following)
 
     def stop(self) -> None:
         """Ends wait() in another thread, now and for ever."""
@@ -97,6 +103,29 @@ class Bell:
         page = self._engine.follow_page()
         if page is not None:
             page.stir()
+
+
+class Next:
+    """What a follower that waits wants to have when it is woken: taken in C, by the walk that it was on, if
+    nothing has changed but how far the journal is."""
+
+    walk: Walk | None = None
+    table: SegmentTable
+
+    def __init__(self, room: Room, *, written: bool) -> None:
+        self._room = room
+        self.native = ffi.new("struct mw_next *", {"out": room.native, "max": room.rows, "written": written})
+        first = ffi.offsetof("struct mw_next", "count")
+        self.taken = partial(_TAKEN.unpack_from, ffi.buffer(self.native), first)
+
+    def prepare(self, walk: Walk, lsn: int, from_op: int | None) -> memoryview:
+        """Of the segment that the walk is over."""
+        found, native = walk.native, self.native
+        found.lsn, found.limit_lsn, found.from_op = lsn, lsn + AHEAD_BYTES, from_op
+        found.past_gaps = False
+        native.walk, native.superblock_sequence = found, walk.superblock.sequence
+        native.count = 0
+        return self.table.map(found.segment)
 
 
 class Follower:
@@ -120,6 +149,7 @@ class Follower:
         self._chunk: Gathered
         self._payloads = slices_of(iter(lambda: self._chunk, None))
         self._walk: Walk | None = None
+        self._next = Next(self._room, written=written)
         if engine.look():
             self._begin(engine.superblock)
 
@@ -149,6 +179,25 @@ class Follower:
         self._engine.check_followed()
         return None
 
+    def take_next(self, timeout_s: float) -> Iterator[Entry] | None:
+        """As take(), which had nothing, after a wait for what may come, at most so long."""
+        walk = self._next.walk
+        if walk is None or self._at < self._again[0]:
+            self.bell.wait(timeout_s)
+            return self.take()
+        view = self._next.prepare(walk, self._at, self._from_op)
+        self.bell.wait(timeout_s, self._next.native)
+        # From here to the entry as little as can be: who has slept finds nothing in the caches.
+        count, lsn, durable_lsn, op, start, end, timestamp_ns, kind = self._next.taken()
+        if count == 0:
+            return self.take()
+        if self._written or count > 1:
+            self._prove(durable_lsn)
+            return self._taken(self._next.table, count, walk.native)
+        self._highest_op = max(self._highest_op, op)
+        self._at = lsn
+        return iter((make_entry((op, view[start:end], kind, timestamp_ns)),))
+
     def is_over(self) -> bool:
         """After take() had nothing, for who does not wait any longer. False: take once more."""
         return not self._engine.look_anew()
@@ -173,8 +222,7 @@ class Follower:
         if self._at == 0:
             self._begin(superblock)
         if superblock.epoch == self._epoch:
-            while self._unproven and self._unproven[0][0] < durable_lsn:
-                self._unproven.popleft()
+            self._prove(durable_lsn)
         if superblock.sequence != self._sequence:
             cuts = [self._lost_op(superblock), superblock.cut_since(self._sequence)]
             self._sequence, self._epoch = superblock.sequence, superblock.epoch
@@ -184,6 +232,10 @@ class Follower:
                 self._highest_op = cut - 1
                 raise TruncatedError(cut)
         self._proven_lsn = max(self._proven_lsn, durable_lsn)
+
+    def _prove(self, durable_lsn: int) -> None:
+        while self._unproven and self._unproven[0][0] < durable_lsn:
+            self._unproven.popleft()
 
     def _lost_op(self, superblock: Superblock) -> int | None:
         """The lowest op that was given when it was written, and was not there when the writer came back. It
@@ -253,12 +305,9 @@ class Follower:
             found.from_op, limit = max(self._from_op or 0, again_op), min(limit, again_lsn)
         found.past_gaps = self._at < again_lsn
         count = walk.run(self._at, min(limit, self._at + AHEAD_BYTES), self._room.native, ROWS)
+        self._next.walk, self._next.table = walk, table
         if count:
-            self._highest_op = max(self._highest_op, int(found.highest_op))
-            chunk = Gathered(table, self._room, count, True, int(found.stride))
-            entries = self._given_one(chunk) if count == 1 else self._given(chunk)
-            self._at = int(found.lsn)
-            return entries
+            return self._taken(table, count, found)
         error = walk.error()  # behind entries it comes the next time
         if error is not None:
             if not self._looked_again(table):  # a longer segment may have taken the place of a blank one
@@ -273,6 +322,14 @@ class Follower:
         elif found.stop == lib.MW_WALK_END or self._at >= segment.record.next_base_lsn:
             self._at = segment.record.next_base_lsn
         return None
+
+    def _taken(self, table: SegmentTable, count: int, found: Any) -> Iterator[Entry]:
+        """`found`: the struct mw_walk that filled so many rows."""
+        self._highest_op = max(self._highest_op, int(found.highest_op))
+        chunk = Gathered(table, self._room, count, True, int(found.stride))
+        entries = self._given_one(chunk) if count == 1 else self._given(chunk)
+        self._at = int(found.lsn)
+        return entries
 
     def _looked_again(self, table: SegmentTable) -> bool:
         """Whether there is another table now; then it goes on by the superblock that has that."""
@@ -403,18 +460,21 @@ class Following:
         follower, timeout = self._follower, self._timeout
         yield self._rest
         deadline = None
+        entries = follower.take()
         while True:
-            entries = follower.take()
             if entries is not None:
                 self._rest = entries
                 yield entries
                 deadline = None
+                entries = follower.take()
             elif timeout is None:
-                follower.bell.wait(LOOK_S)
+                entries = follower.take_next(LOOK_S)
             else:
                 now = time.monotonic()
                 deadline = now + timeout if deadline is None else deadline
                 if now < deadline:
-                    follower.bell.wait(deadline - now)
+                    entries = follower.take_next(deadline - now)
                 elif follower.is_over():
                     return
+                else:
+                    entries = follower.take()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from typing import Any
 
 from typing_extensions import Buffer
 
@@ -43,18 +44,22 @@ class ProgressPage:
         _check(lib.mw_follow_word(self.native, out))
         return int(out[0])
 
-    def spin(self, seen: int, timeout_s: float) -> bool:
-        """Blocks, without sleeping, until the word is not `seen`, at most so long: whether it is not."""
-        rc = lib.mw_follow_spin(self.native, seen, int(timeout_s * 1e9))
+    def spin(self, seen: int, timeout_s: float, following: Any = ffi.NULL) -> bool:
+        """Blocks, without sleeping, until the word is not `seen`, at most so long: whether it is not.
+        `following` (struct mw_next) is taken then."""
+        rc = lib.mw_follow_spin(self.native, seen, int(timeout_s * 1e9), following)
         _check(rc)
         return bool(rc)
 
-    def wait(self, seen: int, timeout_s: float) -> None:
+    def wait(self, seen: int, timeout_s: float, soon_s: float, following: Any = ffi.NULL) -> bool:
         """Blocks until the word is not `seen`, at most so long; a signal ends it, and so may nothing at all.
-        Nobody wakes who cannot store to the page."""
-        rc = lib.mw_follow_wait(self.native, seen, max(1, int(timeout_s * 1e9)), self.writable)
-        if rc != -errno.ETIMEDOUT:
+        Nobody wakes who cannot store to the page. `following` (struct mw_next) is taken then. Whether it was
+        within `soon_s`."""
+        timeout_ns, soon_ns = max(1, int(timeout_s * 1e9)), int(soon_s * 1e9)
+        rc = lib.mw_follow_wait(self.native, seen, timeout_ns, soon_ns, self.writable, following)
+        if rc < 0 and rc != -errno.ETIMEDOUT:
             _check(rc)
+        return bool(rc == 1)
 
     def stir(self) -> None:
         """Ends all wait() on the page, though nothing was published."""

@@ -289,8 +289,6 @@ int mw_check_frame(const uint8_t *frames, uint64_t base_lsn, uint64_t capacity, 
 
 int mw_follow_word(const struct mw_index_header *page, uint32_t *wake);
 int mw_follow_sequence(const struct mw_index_header *page, uint64_t *sequence);
-int mw_follow_spin(const struct mw_index_header *page, uint32_t seen, int64_t timeout_ns);
-int mw_follow_wait(struct mw_index_header *page, uint32_t seen, int64_t timeout_ns, int tells);
 void mw_follow_stir(struct mw_index_header *page);
 
 enum mw_walk_stop {
@@ -328,6 +326,29 @@ struct mw_walk {
 };
 
 int64_t mw_walk(struct mw_walk *walk, struct mw_columns *out, uint64_t max);
+
+struct mw_next {                /* what a follower that waits wants to have when it is woken */
+    /* in */
+    struct mw_walk *walk;
+    struct mw_columns *out;
+    uint64_t max;
+    uint64_t superblock_sequence; /* of the one that the walk is by: where another is in force, nothing is taken */
+    int written;                /* up to what is written; else to what is durable */
+    /* in and out */
+    uint64_t count;             /* 0 before: how many rows were filled */
+    /* out, when there are some */
+    uint64_t lsn;               /* behind them */
+    uint64_t durable_lsn;       /* as it was published */
+    uint64_t op;                /* of the first, as all below: one entry by itself needs no columns */
+    uint64_t start;
+    uint64_t end;
+    int64_t timestamp_ns;
+    uint64_t kind;
+};
+
+int mw_follow_spin(const struct mw_index_header *page, uint32_t seen, int64_t timeout_ns, struct mw_next *next);
+int mw_follow_wait(struct mw_index_header *page, uint32_t seen, int64_t timeout_ns, int64_t soon_ns, int tells,
+                   struct mw_next *next);
 
 /* ---- the writer: staging and group commit ---- */
 

@@ -92,9 +92,11 @@ static int spin(void *arg) {
 }
 
 /* As mw_follow_wait, but without sleeping, so that the writer need not wake: 1 when the word is another, else 0. */
-int mw_follow_spin(const struct mw_index_header *page, uint32_t seen, int64_t timeout_ns) {
+int mw_follow_spin(const struct mw_index_header *page, uint32_t seen, int64_t timeout_ns, struct mw_next *next) {
     struct spin s = {page, seen, monotonic_ns() + (uint64_t)timeout_ns};
-    return mw_guarded(spin, &s);
+    int rc = mw_guarded(spin, &s);
+    if (rc == 1 && next) mw_take_next(page, next);
+    return rc;
 }
 
 struct sleep {
@@ -112,81 +114,17 @@ static int sleep_on(void *arg) {
     return rc == 0 || errno == EAGAIN || errno == EINTR ? 0 : -errno;
 }
 
-/* Until the word is another than `seen`; also wakes without a reason. -ETIMEDOUT. `tells`: the page is mapped
- * writable, and the writer wakes who says that he waits; else nobody does. */
-int mw_follow_wait(struct mw_index_header *page, uint32_t seen, int64_t timeout_ns, int tells) {
+/* Until the word is another than `seen`, or without a reason; 1 when that was within `soon_ns`, else 0. -ETIMEDOUT.
+ * `tells`: the page is mapped writable, and the writer wakes who says that he waits; else nobody does. `next`, or
+ * NULL: taken when it wakes. */
+int mw_follow_wait(struct mw_index_header *page, uint32_t seen, int64_t timeout_ns, int64_t soon_ns, int tells,
+                   struct mw_next *next) {
     struct timespec timeout = {timeout_ns / 1000000000, timeout_ns % 1000000000};
     struct sleep s = {page, seen, tells, &timeout};
-    return mw_guarded(sleep_on, &s);
-}
-
-struct walk {
-    struct mw_walk *walk;
-    struct mw_columns *out;
-    uint64_t max;
-    volatile uint64_t count;
-};
-
-static void put(struct mw_walk *s, struct mw_columns *out, uint64_t row, const struct mw_frame *f) {
-    uint64_t start = MW_PAGE_BYTES + (s->lsn - s->base_lsn) + MW_FRAME_BYTES;
-    if (row == 0) s->stride = mw_frame_bytes(f->length);
-    else if (start - out->start[row - 1] != s->stride || f->length != out->end[0] - out->start[0]) s->stride = 0;
-    if (f->op > s->highest_op) s->highest_op = f->op;
-    out->op[row] = f->op;
-    out->start[row] = start;
-    out->end[row] = start + f->length;
-    out->lsn[row] = s->lsn;
-    out->timestamp_ns[row] = f->timestamp_ns;
-    out->segment[row] = s->segment;
-    out->checksum[row] = f->payload_crc;
-    out->kind[row] = f->kind;
-}
-
-/* A segment that is walked again may be older than what is in the slot. */
-static void take_over(struct mw_slot *slot, const struct mw_frame *f) {
-    if (slot->lsn < f->lsn) mw_slot_store(slot, f);
-}
-
-static int walk(void *arg) {
-    struct walk *w = arg;
-    struct mw_walk *s = w->walk;
-    uint64_t end = s->base_lsn + s->capacity;
-    s->stop = MW_WALK_LIMIT;
-    s->stride = s->highest_op = 0;
-    while (s->lsn < s->limit_lsn && s->lsn < end) {
-        const uint8_t *at = s->frames + (s->lsn - s->base_lsn);
-        struct mw_frame f;
-        s->op = 0;
-        if (end - s->lsn < MW_FRAME_BYTES) return MW_E_CORRUPT;
-        memcpy(&f, at, sizeof f);
-        uint64_t bytes = mw_frame_bytes(f.length);
-        if (f.header_crc != mw_frame_crc(&f, s->salt) || f.lsn != s->lsn || bytes > end - s->lsn)
-            return MW_E_CORRUPT;
-        s->op = f.op;
-        bool wanted = f.type == MW_ENTRY && f.op >= s->from_op &&
-                      !mw_frame_hidden(s->removals, s->removal_count, f.op, f.lsn);
-        bool stale = wanted && f.op <= s->watermark;
-        if (stale && s->slots == NULL) s->stop = MW_WALK_STALE;
-        if (wanted && s->slots == NULL && w->count == w->max) s->stop = MW_WALK_FULL;
-        if (f.type == MW_GAP && !s->past_gaps) s->stop = MW_WALK_GAP;
-        s->behind_lsn = s->lsn + bytes;
-        if (f.type == MW_END) s->stop = MW_WALK_END;
-        if (s->stop != MW_WALK_LIMIT) return 0;
-        if (wanted) {
-            if (mw_crc32c(0, at + MW_FRAME_BYTES, f.length) != f.payload_crc) return MW_E_CORRUPT;
-            if (s->slots == NULL) put(s, w->out, w->count, &f);
-            else if (!stale) take_over(&s->slots[f.op % s->slot_count], &f);
-            w->count++;
-        }
-        s->lsn += bytes;
-    }
-    return 0;
-}
-
-/* The entries from walk->lsn on, one a row: how many. Where walk->failed, walk->lsn says at which place. */
-int64_t mw_walk(struct mw_walk *s, struct mw_columns *out, uint64_t max) {
-    if (s->lsn < s->base_lsn || s->lsn % MW_ALIGN != s->base_lsn % MW_ALIGN) return -EINVAL;
-    struct walk w = {s, out, max, 0};
-    s->failed = mw_guarded(walk, &w);
-    return (int64_t)w.count;
+    uint64_t began_ns = monotonic_ns();
+    int rc = mw_guarded(sleep_on, &s);
+    if (rc != 0) return rc;
+    int soon = monotonic_ns() - began_ns < (uint64_t)soon_ns;
+    if (next) mw_take_next(page, next);
+    return soon;
 }

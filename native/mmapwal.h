@@ -40,6 +40,8 @@ int mw_slot_load(const struct mw_slot *slots, uint64_t slot_count, uint64_t op, 
 void mw_slot_empty(struct mw_slot *slot);
 void mw_progress_store(struct mw_index_header *page, uint64_t written_lsn, uint64_t durable_lsn,
                        uint64_t watermark);
+int mw_progress_look(const struct mw_index_header *page, struct mw_progress *out);
 void mw_followers_wake(struct mw_index_header *page, uint32_t word);
+void mw_take_next(const struct mw_index_header *page, struct mw_next *next);
 
 #endif

@@ -162,18 +162,13 @@ void mw_progress_store(struct mw_index_header *page, uint64_t written_lsn, uint6
     mw_followers_wake(page, sequence);
 }
 
-struct progress {
-    const struct mw_index_header *page;
-    struct mw_progress *out;
-};
-
-static int read_both(struct progress *r) {
+static int read_both(const struct mw_index_header *page, struct mw_progress *out) {
     int found = 0;
     for (int i = 0; i < 2; i++) {
         struct mw_progress p;
-        copy_progress(&p, &r->page->progress[i]);
-        if (p.check != progress_check(r->page, &p) || p.durable_lsn > p.written_lsn) continue;
-        if (!found || (int32_t)(p.sequence - r->out->sequence) > 0) *r->out = p;
+        copy_progress(&p, &page->progress[i]);
+        if (p.check != progress_check(page, &p) || p.durable_lsn > p.written_lsn) continue;
+        if (!found || (int32_t)(p.sequence - out->sequence) > 0) *out = p;
         found = 1;
     }
     return found;
@@ -181,16 +176,25 @@ static int read_both(struct progress *r) {
 
 /* Publications may come between the looks at the two: the one is of before them, the other half done. Then what is
  * found is older than the word says behind the look, and the word is another one than before it. */
-static int read_progress(void *arg) {
-    struct progress *r = arg;
+int mw_progress_look(const struct mw_index_header *page, struct mw_progress *out) {
     for (;;) {
-        uint32_t before = __atomic_load_n(&r->page->wake, __ATOMIC_ACQUIRE);
-        int found = read_both(r);
+        uint32_t before = __atomic_load_n(&page->wake, __ATOMIC_ACQUIRE);
+        int found = read_both(page, out);
         __atomic_thread_fence(__ATOMIC_ACQUIRE);
-        uint32_t behind = LOAD(r->page->wake);
-        if (found && (int32_t)(r->out->sequence - behind) >= 0) return 0;
+        uint32_t behind = LOAD(page->wake);
+        if (found && (int32_t)(out->sequence - behind) >= 0) return 0;
         if (behind == before) return found ? 0 : MW_E_MISSING; /* what a crash has left */
     }
+}
+
+struct progress {
+    const struct mw_index_header *page;
+    struct mw_progress *out;
+};
+
+static int read_progress(void *arg) {
+    struct progress *r = arg;
+    return mw_progress_look(r->page, r->out);
 }
 
 /* The newer of the two, no older than any that this process was told of: the other may be of a life before, of which

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from mmapwal import Journal
 from mmapwal.storage import Directory
 
+from .elsewhere import Writer
 from .files import SMALL
 
 
@@ -32,3 +34,18 @@ def open_on() -> Iterator[Callable[..., Journal]]:
     yield open_
     for journal in given:
         journal.close()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[[], Writer]]:
+    """`start()`: a writer of the journal at tmp_path / "j", in a process of its own."""
+    writers: list[Writer] = []
+
+    def start_one(durability: str = "sync") -> Writer:
+        writers.append(Writer(tmp_path / "j", durability))
+        return writers[-1]
+
+    yield start_one
+    for writer in writers:
+        if writer.is_alive:
+            writer.kill()

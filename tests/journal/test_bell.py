@@ -9,19 +9,18 @@ from typing import Any
 
 import pytest
 
-from mmapwal import Journal, following
+from mmapwal import Journal
 from mmapwal.following import SPIN_S, Bell
 from mmapwal.page import ProgressPage
 from tests.conftest import Home
 
 
 class Page:
-    """A page, and a clock, that say what they are asked; what comes, comes after so many seconds."""
+    """A page that says what it is asked; what comes, comes after so many seconds."""
 
     writable = True
 
     def __init__(self) -> None:
-        self.now_s = 0.0
         self.comes_in_s = 0.0
         self.asked: list[str] = []
         self.meanwhile: Callable[[], None] = lambda: None
@@ -29,21 +28,18 @@ class Page:
     def word(self) -> int:
         return 0
 
-    def spin(self, seen: int, timeout_s: float) -> bool:
+    def spin(self, seen: int, timeout_s: float, _following: object) -> bool:
         self.asked.append("spin")
         self.meanwhile()
-        self.now_s += min(timeout_s, self.comes_in_s)
-        return self.comes_in_s < timeout_s
+        self.comes_in_s -= min(timeout_s, self.comes_in_s)
+        return not self.comes_in_s
 
-    def wait(self, seen: int, timeout_s: float) -> None:
+    def wait(self, seen: int, timeout_s: float, soon_s: float, _following: object) -> bool:
         self.asked.append("wait")
-        self.now_s += self.comes_in_s
+        return self.comes_in_s < soon_s
 
     def stir(self) -> None:
         self.asked.append("stir")
-
-    def monotonic(self) -> float:
-        return self.now_s
 
 
 class Engine:
@@ -55,10 +51,8 @@ class Engine:
 
 
 @pytest.fixture
-def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
-    engine = Engine()
-    monkeypatch.setattr(following, "time", engine.page)
-    return engine
+def engine() -> Engine:
+    return Engine()
 
 
 @pytest.fixture
@@ -94,7 +88,7 @@ def test_what_comes_soon_behind_the_one_before_is_not_slept_for_and_what_does_no
     assert waited(bell, engine, 0) == ["wait"]  # soon: from here on there is no sleep
     assert waited(bell, engine, 0) == ["spin"]
     assert waited(bell, engine, 0) == ["spin"]
-    assert waited(bell, engine, late) == ["spin", "wait"]
+    assert waited(bell, engine, 1.5 * SPIN_S) == ["spin", "wait"]
     assert waited(bell, engine, late) == ["wait"]
 
 
@@ -117,7 +111,7 @@ def test_spinning_ends_with_what_is_published_or_with_its_time(page: ProgressPag
 def test_who_spins_does_not_say_that_he_sleeps_and_who_sleeps_does(page: ProgressPage) -> None:
     assert not page.spin(page.word(), 0.001)
     assert page.native.waiting == 0
-    page.wait(page.word(), 0.001)
+    page.wait(page.word(), 0.001, 0.001)
     assert page.native.waiting == 1
 
 

@@ -6,7 +6,8 @@ import errno
 import itertools
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from mmapwal import (
     ClosedError,
     CorruptionError,
     Durability,
+    Entry,
     Journal,
     PoisonedError,
     StaleOpError,
@@ -37,8 +39,24 @@ def fill(journal: Journal, count: int, tag: bytes = b"entry") -> None:
         journal.append(tag + b" %d " % n * (n % 40 + 1), kind=n)
 
 
-def all_of(follower: following.Follower) -> list[int]:
-    return [e.op for entries in iter(follower.take, None) for e in entries]
+Take = Callable[[following.Follower], Iterator[Entry] | None]
+TAKES: dict[str, Take] = {
+    "looks": following.Follower.take,
+    "woken": lambda follower: follower.take_next(0),  # what came since is taken in C, if that is all
+}
+
+
+@pytest.fixture(params=TAKES)
+def take(request: pytest.FixtureRequest) -> Take:
+    return TAKES[request.param]
+
+
+AllOf = Callable[[following.Follower], list[int]]
+
+
+@pytest.fixture
+def all_of(take: Take) -> AllOf:
+    return lambda follower: [e.op for entries in iter(partial(take, follower), None) for e in entries]
 
 
 def ops(entries: Any) -> list[int]:
@@ -275,20 +293,24 @@ def test_who_has_all_is_told_once_of_a_watermark_above_it(home: Home, *, compact
             assert ops(each) == [901]
 
 
-def test_who_has_all_is_told_of_a_watermark_above_what_a_truncation_left(journal: Journal) -> None:
+def test_who_has_all_is_told_of_a_watermark_above_what_a_truncation_left(
+    journal: Journal, all_of: AllOf, take: Take
+) -> None:
     fill(journal, 10)
     follower = following.Follower(journal._engine, None, written=False)
     assert len(all_of(follower)) == 10
     journal.truncate_from(7)
     journal.set_snapshot_op(8)
     with pytest.raises(TruncatedError):
-        follower.take()
+        take(follower)
     with pytest.raises(StaleOpError, match="op 7 is at or below the watermark 8"):
-        follower.take()
+        take(follower)
     assert all_of(follower) == []
 
 
-def test_a_watermark_at_or_below_what_was_given_out_of_order_is_told_to_nobody(journal: Journal) -> None:
+def test_a_watermark_at_or_below_what_was_given_out_of_order_is_told_to_nobody(
+    journal: Journal, all_of: AllOf
+) -> None:
     for op in (5, 3, 9, 4):
         journal.append(b"%d" % op, op=op)
     follower = following.Follower(journal._engine, None, written=False)
@@ -320,7 +342,7 @@ def test_who_waits_is_told_at_once_of_a_watermark_above_what_he_has(journal: Jou
 
 @pytest.mark.parametrize("compact", [False, True])
 def test_who_keeps_up_sees_nothing_of_watermarks_drains_and_compactions(
-    journal: Journal, *, compact: bool
+    journal: Journal, all_of: AllOf, *, compact: bool
 ) -> None:
     follower = following.Follower(journal._engine, None, written=False)
     seen: list[int] = []
@@ -338,7 +360,7 @@ def test_who_keeps_up_sees_nothing_of_watermarks_drains_and_compactions(
 
 @pytest.mark.parametrize("compact", [False, True])
 def test_what_was_truncated_after_it_was_given_is_told_and_what_was_not_does_not_come(
-    journal: Journal, *, compact: bool
+    journal: Journal, all_of: AllOf, take: Take, *, compact: bool
 ) -> None:
     fill(journal, 50)
     given, behind = (following.Follower(journal._engine, None, written=False) for _ in range(2))
@@ -352,14 +374,16 @@ def test_what_was_truncated_after_it_was_given_is_told_and_what_was_not_does_not
         journal.compact(wait=True)
     fill(journal, 2, b"newer")
     with pytest.raises(TruncatedError) as e:
-        given.take()
+        take(given)
     assert e.value.op == 31
     assert all_of(given) == [31, 32, 33, 34]  # it goes on with what was appended since
     assert all_of(behind) == list(range(1, 35))
     assert plain(journal.follow(31, timeout=0)) == plain(journal.entries(31))
 
 
-def test_of_many_truncations_who_was_away_is_told_the_lowest_that_matters(journal: Journal) -> None:
+def test_of_many_truncations_who_was_away_is_told_the_lowest_that_matters(
+    journal: Journal, all_of: AllOf
+) -> None:
     fill(journal, 100)
     early, late = (following.Follower(journal._engine, None, written=False) for _ in range(2))
     all_of(early)
@@ -384,12 +408,26 @@ def test_drained_entries_that_were_not_given_do_not_come(journal: Journal) -> No
 # --- all of it at random, against what the journal holds ----------------------------------------------
 
 
+class Woken:
+    """follow() by one who slept each time, until there is nothing."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._follower = following.Follower(journal._engine, None, written=False)
+        self._rest: Iterator[Entry] = iter(())
+
+    def __iter__(self) -> Iterator[Entry]:
+        yield from self._rest
+        for entries in iter(partial(self._follower.take_next, 0), None):
+            self._rest = entries
+            yield from entries
+
+
 class Mirror:
     """What somebody makes of a journal who only follows it."""
 
-    def __init__(self, journal: Journal) -> None:
+    def __init__(self, journal: Journal, *, woken: bool = False) -> None:
         self.had_op = journal.snapshot_op  # the highest of which it knows what became
-        self._entries = journal.follow(timeout=0)
+        self._entries: Iterable[Entry] = Woken(journal) if woken else journal.follow(timeout=0)
         self.entries: dict[int, bytes] = {}
         self.given = 0
 
@@ -418,12 +456,15 @@ class Life:
         self.home, self.random = home, random.Random(seed)
         self.journal = home.open(**SMALL)
         self.drained: set[int] = set()
-        self.mirrors = [Mirror(self.journal)]
+        self.mirrors = self.in_process()
         self.readers: list[Journal] = []
         if home.kind == "mapped":  # as another process would
             self.readers = [Journal(home.path, readonly=True) for _ in range(3)]
             home._given.extend(self.readers)
-            self.mirrors += map(Mirror, self.readers)
+            self.mirrors += [Mirror(reader, woken=reader is self.readers[0]) for reader in self.readers]
+
+    def in_process(self) -> list[Mirror]:
+        return [Mirror(self.journal), Mirror(self.journal, woken=True)]
 
     def step(self) -> None:
         r, journal = self.random, self.journal
@@ -458,7 +499,7 @@ class Life:
     def reopen(self) -> None:
         self.journal.close()
         self.journal = self.home.open()
-        self.mirrors[0] = Mirror(self.journal)  # the followers of its process end with it
+        self.mirrors[:2] = self.in_process()  # the followers of its process end with it
 
     def check(self) -> None:
         expected = {e.op: bytes(e.payload) for e in self.journal}
@@ -496,7 +537,7 @@ def test_who_only_follows_ends_with_what_the_journal_holds_whatever_is_done_to_i
 
 
 def test_what_came_and_went_behind_the_look_at_how_far_the_journal_is_is_told(
-    journal: Journal, monkeypatch: pytest.MonkeyPatch
+    journal: Journal, monkeypatch: pytest.MonkeyPatch, all_of: AllOf, take: Take
 ) -> None:
     engine = journal._engine
     follower = following.Follower(engine, None, written=False)
@@ -517,15 +558,15 @@ def test_what_came_and_went_behind_the_look_at_how_far_the_journal_is_is_told(
         return told
 
     monkeypatch.setattr(engine, "published", before_much_happens)
-    assert follower.take() is None
+    assert take(follower) is None
     with pytest.raises(StaleOpError) as e:
-        follower.take()
+        take(follower)
     assert e.value.first_op == 111
     assert all_of(follower) == [121, 122, 123, 124, 125]
 
 
 def test_what_was_cut_off_while_its_segment_was_looked_up_does_not_come(
-    journal: Journal, monkeypatch: pytest.MonkeyPatch
+    journal: Journal, monkeypatch: pytest.MonkeyPatch, take: Take
 ) -> None:
     """Nothing says any more that it was, once its segments are gone."""
     fill(journal, 20, b"old")
@@ -543,5 +584,5 @@ def test_what_was_cut_off_while_its_segment_was_looked_up_does_not_come(
         return view
 
     monkeypatch.setattr(SegmentTable, "map", meanwhile)
-    given = [bytes(e.payload) for _ in range(3) for e in follower.take() or ()]
+    given = [bytes(e.payload) for _ in range(3) for e in take(follower) or ()]
     assert given == [bytes(e.payload) for e in journal]

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,71 +31,9 @@ from mmapwal import (
 from mmapwal import format as fmt
 from mmapwal.observer import Observer
 
+from .elsewhere import Writer, lose
+
 SMALL: dict[str, Any] = {"slots": 256, "segment_bytes": 16384}
-
-WRITER = textwrap.dedent(
-    """
-    import sys
-    from mmapwal import Journal
-
-    # Commands come as lines; what they gave goes back as one.
-    journal = Journal(sys.argv[1], slots=256, segment_bytes=16384, durability=sys.argv[2])
-    print("open", flush=True)
-    for line in sys.stdin:
-        print(eval(line, {"journal": journal}), flush=True)
-    journal.close()
-    """
-)
-
-
-class Writer:
-    """A journal in another process."""
-
-    def __init__(self, path: Path, durability: str) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", WRITER, str(path), durability],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        assert self._line() == "open"
-
-    def _line(self) -> str:
-        assert self._process.stdout is not None
-        return self._process.stdout.readline().strip()
-
-    def do(self, call: str) -> str:
-        """`journal.` and so on, done there; what it gave, as text."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"journal.{call}\n")
-        self._process.stdin.flush()
-        return self._line()
-
-    def append(self, count: int) -> None:
-        self.do(f"append_many([b'%d' % n * 20 for n in range({count})])")
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(30)
-        assert self._process.stdout is not None
-        self._process.stdout.close()
-
-    def kill(self) -> None:
-        os.kill(self._process.pid, signal.SIGKILL)
-        self.close()
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[[], Writer]]:
-    writers: list[Writer] = []
-
-    def start_one(durability: str = "sync") -> Writer:
-        writers.append(Writer(tmp_path / "j", durability))
-        return writers[-1]
-
-    yield start_one
-    for writer in writers:
-        if writer._process.poll() is None:
-            writer.kill()
 
 
 @pytest.fixture
@@ -246,13 +179,6 @@ def test_an_entry_that_is_replaced_while_its_segment_is_rewritten_stays_the_new_
 
 
 # --- following across the writer's lives --------------------------------------------------------------
-
-
-def lose(path: Path, lsn: int, length: int = 4096) -> None:
-    """What the first segment has from there on in the cache, as the power does."""
-    with next(path.glob("segment-*1-00000000")).open("r+b") as f:
-        f.seek(fmt.PAGE_BYTES + lsn - fmt.FIRST_LSN)
-        f.write(bytes(length))
 
 
 @pytest.mark.parametrize("end", ["close", "kill"])

@@ -229,8 +229,8 @@ static void *follow(void *arg) {
     (void)arg;
     CHECK(mw_follow_word(&page, &before) == 0);
     while (!stop) {
-        int rc = mw_follow_wait(&page, before, 20000000, 1);
-        CHECK(rc == 0 || rc == -ETIMEDOUT);
+        int rc = mw_follow_wait(&page, before, 20000000, 1000000, 1, NULL);
+        CHECK(rc == 0 || rc == 1 || rc == -ETIMEDOUT);
         CHECK(mw_follow_word(&page, &word) == 0);
         if (word != before) woken++;
         before = word;
