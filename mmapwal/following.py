@@ -110,22 +110,26 @@ class Next:
     nothing has changed but how far the journal is."""
 
     walk: Walk | None = None
-    table: SegmentTable
+    table: SegmentTable | None = None
 
     def __init__(self, room: Room, *, written: bool) -> None:
-        self._room = room
+        self._room = room  # as long as C has its address
         self.native = ffi.new("struct mw_next *", {"out": room.native, "max": room.rows, "written": written})
         first = ffi.offsetof("struct mw_next", "count")
         self.taken = partial(_TAKEN.unpack_from, ffi.buffer(self.native), first)
 
-    def prepare(self, walk: Walk, lsn: int, from_op: int | None) -> memoryview:
+    def forget(self) -> None:
+        """What another superblock does not name is not kept for who only sleeps."""
+        self.walk = self.table = None
+
+    def prepare(self, walk: Walk, table: SegmentTable, lsn: int, from_op: int | None) -> memoryview:
         """Of the segment that the walk is over."""
         found, native = walk.native, self.native
         found.lsn, found.limit_lsn, found.from_op = lsn, lsn + AHEAD_BYTES, from_op
         found.past_gaps = False
         native.walk, native.superblock_sequence = found, walk.superblock.sequence
         native.count = 0
-        return self.table.map(found.segment)
+        return table.map(found.segment)
 
 
 class Follower:
@@ -181,22 +185,24 @@ class Follower:
 
     def take_next(self, timeout_s: float) -> Iterator[Entry] | None:
         """As take(), which had nothing, after a wait for what may come, at most so long."""
-        walk = self._next.walk
-        if walk is None or self._at < self._again[0]:
+        walk, table, at = self._next.walk, self._next.table, self._at
+        # By another superblock than was taken over, it would pass over what that has to tell.
+        if walk is None or table is None or walk.superblock.sequence != self._sequence or at < self._again[0]:
             self.bell.wait(timeout_s)
             return self.take()
-        view = self._next.prepare(walk, self._at, self._from_op)
+        view = self._next.prepare(walk, table, at, self._from_op)
         self.bell.wait(timeout_s, self._next.native)
         # From here to the entry as little as can be: who has slept finds nothing in the caches.
         count, lsn, durable_lsn, op, start, end, timestamp_ns, kind = self._next.taken()
-        if count == 0:
+        if count == 0 or self._at != at:  # a signal handler has followed on meanwhile
             return self.take()
         if self._written or count > 1:
             self._prove(durable_lsn)
-            return self._taken(self._next.table, count, walk.native)
+            return self._taken(table, count, walk.native)
+        entries = iter((make_entry((op, view[start:end], kind, timestamp_ns)),))
         self._highest_op = max(self._highest_op, op)
-        self._at = lsn
-        return iter((make_entry((op, view[start:end], kind, timestamp_ns)),))
+        self._at = lsn  # last: what a signal handler raises before it loses nothing
+        return entries
 
     def is_over(self) -> bool:
         """After take() had nothing, for who does not wait any longer. False: take once more."""
@@ -226,6 +232,7 @@ class Follower:
         if superblock.sequence != self._sequence:
             cuts = [self._lost_op(superblock), superblock.cut_since(self._sequence)]
             self._sequence, self._epoch = superblock.sequence, superblock.epoch
+            self._next.forget()
             cut = min((op for op in cuts if op is not None and op <= self._highest_op), default=None)
             if cut is not None:
                 self._from_op = min(self._from_op or cut, cut)
@@ -459,22 +466,19 @@ class Following:
     def _batches(self) -> Iterator[Iterator[Entry]]:
         follower, timeout = self._follower, self._timeout
         yield self._rest
-        deadline = None
-        entries = follower.take()
+        deadline = wait_s = None
         while True:
+            # Between the two lines nothing that a signal handler raises comes in: no turn of the loop.
+            entries = follower.take() if wait_s is None else follower.take_next(wait_s)
             if entries is not None:
                 self._rest = entries
                 yield entries
-                deadline = None
-                entries = follower.take()
+                deadline = wait_s = None
             elif timeout is None:
-                entries = follower.take_next(LOOK_S)
+                wait_s = LOOK_S
             else:
                 now = time.monotonic()
                 deadline = now + timeout if deadline is None else deadline
-                if now < deadline:
-                    entries = follower.take_next(deadline - now)
-                elif follower.is_over():
+                wait_s = deadline - now if now < deadline else None
+                if wait_s is None and follower.is_over():
                     return
-                else:
-                    entries = follower.take()

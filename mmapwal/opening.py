@@ -114,21 +114,35 @@ class Opening:
         method = self.options.sync_method
         self.sync_method = self.directory.best_sync_method() if method is SyncMethod.AUTO else method
         self.segments = SegmentSet(self.directory, superblock.uuid, superblock.segments)
-        for segment in self.segments.table.segments:
-            segment.check()
         index = SlotIndex.open(self.directory, superblock.uuid, superblock.slot_count)
         if index is not None:
             self.index = index
-        self.watch.lap("superblock")
-        self.found = self._find(superblock, index)
+        with SecondThread("recovery") as second:
+            crc = self._begin_checking(index, superblock, second)
+            for segment in self.segments.table.segments:
+                segment.check()
+            self.watch.lap("superblock")
+            is_sealed = superblock.seal is not None and crc() == superblock.seal.index_crc
+        self.found = self._find(superblock, index, is_sealed=is_sealed)
         self._settle(superblock, index)
         if created:
             self.report.outcome = RecoveryRow.CREATED
 
-    def _find(self, superblock: Superblock, index: SlotIndex | None) -> Scanned:
+    def _begin_checking(
+        self, index: SlotIndex | None, superblock: Superblock, second: SecondThread
+    ) -> Callable[[], int | None]:
+        """To be asked for what the index of a sealed journal comes to, which takes as long as to look at all
+        its segments. None: there is none, or no seal."""
+        if index is None or superblock.seal is None:
+            return lambda: None
+        if threads_for(self.directory) > 1:
+            return second.submit(index.crc).result
+        return index.crc
+
+    def _find(self, superblock: Superblock, index: SlotIndex | None, *, is_sealed: bool) -> Scanned:
         """Where the journal ends: by the seal, or by a scan. Changes nothing."""
         seal, report = superblock.seal, self.report
-        if seal is not None and index is not None and index.crc() == seal.index_crc:
+        if seal is not None and is_sealed:
             self.watch.lap("index")
             self.seal = seal
             self.summary = (seal.live, seal.first_op, seal.last_op)

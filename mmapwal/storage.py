@@ -362,12 +362,15 @@ class SystemDirectory:
         fd = self._open_file(name, flags)
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
-            raise OSError(errno.EINVAL, "not a regular file", str(self.path / name))
-        return self._storage(fd, str(self.path / name), method, path=self.path / name)
+            raise OSError(errno.EINVAL, "not a regular file", self._path_of(name))
+        return self._storage(fd, self._path_of(name), method, path=self.path / name)
 
     def _open_file(self, name: str, flags: int) -> int:
         with self._directory() as fd:
-            return _check(lib.mw_open(fd, os.fsencode(name), flags, self._file_mode), str(self.path / name))
+            return _check(lib.mw_open(fd, os.fsencode(name), flags, self._file_mode), self._path_of(name))
+
+    def _path_of(self, name: str) -> str:
+        return f"{self.path}/{name}"  # joining paths takes as long as opening the file
 
     def _directory(self) -> Descriptor:
         """Not closed by another thread for as long as it is used. ClosedError."""

@@ -105,8 +105,8 @@ static int take(void *arg) {
 }
 
 /* What came where nothing else has changed. In all other cases, and when the disk fails: none, and whoever looks
- * around is told. The guard is armed. */
+ * around is told. Armed anew: the handler may be another one since the wait began. */
 void mw_take_next(const struct mw_index_header *page, struct mw_next *next) {
     struct take t = {page, next};
-    (void)mw_guarded_unarmed(take, &t);
+    (void)mw_guarded(take, &t);
 }

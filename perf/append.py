@@ -2,7 +2,9 @@
 
 Durable: one entry of 256 bytes a call, and 64 a call. The raw loops write the bytes that the frames
 take, wholly in C, each write timed there; the journal's calls are timed one by one in Python, and
-nothing is subtracted. Buffered: nanoseconds a call against a direct cffi call of the same C append.
+nothing is subtracted. Between the two is the same C append by a direct cffi call, of payloads that were
+joined before: what framing takes behind each wait for the disk, whoever calls. Buffered: nanoseconds a
+call against such a direct call.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ from raw import Method, RawFile, Timing, raw_file
 from mmapwal import Durability, Journal
 from mmapwal._native import ffi, lib
 from mmapwal.format import FIRST_LSN, PAGE_BYTES, SLOT_BYTES
-from mmapwal.storage import MappedStorage, SyncMethod, SystemDirectory
+from mmapwal.storage import MappedStorage, SystemDirectory
 
 BATCH = 64
 RAW = {
@@ -51,7 +53,7 @@ RAW = {
     "pwritev2(RWF_DSYNC)": Method.RWF_DSYNC,
     "pwrite, O_DSYNC": Method.O_DSYNC,
 }
-JOURNAL, SQLITE = "journal", "sqlite3 WAL FULL"
+JOURNAL, DIRECT, SQLITE = "journal", "direct call, joined", "sqlite3 WAL FULL"
 WARM = 4  # calls before each timed stretch: what the one before left behind is not its successor's
 SLOTS = 65_536  # the journal's default
 BUFFER_BYTES = 1 << 20
@@ -79,6 +81,12 @@ def journal_round(journal: Journal, payload: bytes, batch: int, count: int) -> T
     return python_round(journal.append_many, [payload] * batch, count)
 
 
+def direct_round(writer: DirectWriter, payload: bytes, batch: int, count: int) -> Timing:
+    writer.make_room()
+    lengths = struct.pack(f"{batch}Q", *[len(payload)] * batch)
+    return python_round(partial(writer.append_joined, lengths), payload * batch, count)
+
+
 def sqlite_round(sqlite: SqliteLog, payload: bytes, batch: int, count: int) -> Timing:
     if batch == 1:
         return python_round(sqlite.append, payload, count)
@@ -95,8 +103,12 @@ def durable(folder: Path, batch: int, rounds: int, count: int) -> Results:
             file = stack.enter_context(raw_file(folder / f"raw{at}", method, 32 * MIB))
             contenders[name] = partial(raw_round, file, frames, count)
         journal = stack.enter_context(Journal(folder / f"journal{batch}"))
+        room = 2 * rounds * (WARM + count) * len(frames) // MIB * MIB + 4 * MIB
+        path = folder / f"direct{batch}"
+        writer = stack.enter_context(closing(DirectWriter(path, SLOTS, room, durability=lib.MW_SYNC)))
         sqlite = stack.enter_context(closing(SqliteLog(folder / f"sqlite{batch}")))
         contenders[JOURNAL] = partial(journal_round, journal, payload, batch, count)
+        contenders[DIRECT] = partial(direct_round, writer, payload, batch, count)
         contenders[SQLITE] = partial(sqlite_round, sqlite, payload, batch, count)
         return interleave(contenders, rounds)
 
@@ -111,10 +123,15 @@ def report_durable(
     """Ratios of rates, round by round; and of the medians and 99th percentiles over everything. The raw
     loop that was fastest in this run has the target."""
     mine, fastest = rates(results[JOURNAL]), fastest_raw(results)
+    raw, sqlite = rates(results[fastest]), rates(results[SQLITE])
+    direct = f"calibration: {title} by a direct call, joined before / raw {fastest}"
+    rival = f"calibration: {title}, raw {fastest} / {SQLITE}"
     for name in RAW:
-        target = raw_target if name == fastest else None
-        report.add(f"{title} / raw {name}", ratios(mine, rates(results[name])), target=target)
-    report.add(f"{title} / {SQLITE}", ratios(mine, rates(results[SQLITE])), target=sqlite_target)
+        target, limit = (raw_target, direct) if name == fastest else (None, None)
+        report.add(f"{title} / raw {name}", ratios(mine, rates(results[name])), target=target, limit=limit)
+    report.add(direct, ratios(rates(results[DIRECT]), raw))
+    report.add(f"{title} / {SQLITE}", ratios(mine, sqlite), target=sqlite_target, limit=rival)
+    report.add(rival, ratios(raw, sqlite))
     points = {name: percentiles(timings) for name, timings in results.items()}
     halves = {name: [float(np.median(t.ns)) for t in results[name]] for name in (fastest, JOURNAL)}
     report.add(f"{title}: p50 raw {fastest} / journal", ratios(halves[fastest], halves[JOURNAL]))
@@ -133,7 +150,7 @@ class DirectWriter:
     One segment of `room` bytes, long enough that no other is ever needed, and an index.
     """
 
-    def __init__(self, path: Path, slots: int, room: int) -> None:
+    def __init__(self, path: Path, slots: int, room: int, durability: int = lib.MW_BUFFERED) -> None:
         self._directory = SystemDirectory(path)
         self._index = self._directory.create("index")
         for _ in range(0, PAGE_BYTES + slots * SLOT_BYTES, len(ZEROS)):  # written, as the journal's is
@@ -144,12 +161,13 @@ class DirectWriter:
             segment.append(ZEROS)
         segment.sync()
         segment.close()
-        opened = self._directory.open("segment", writable=True, sync_method=SyncMethod.FDATASYNC)
+        method = self._directory.best_sync_method()
+        opened = self._directory.open("segment", writable=True, sync_method=method)
         assert isinstance(opened, MappedStorage)
         self._segment = opened
-        self._writer = self._make(slots, room)
+        self._writer = self._make(slots, room, durability)
 
-    def _make(self, slots: int, room: int) -> Any:
+    def _make(self, slots: int, room: int, durability: int) -> Any:
         config = ffi.new(
             "struct mw_config *",
             {
@@ -159,7 +177,7 @@ class DirectWriter:
                 "lsn": FIRST_LSN,
                 "buffer_bytes": BUFFER_BYTES,
                 "epoch": 1,
-                "durability": lib.MW_BUFFERED,
+                "durability": durability,
             },
         )
         writer = lib.mw_writer_new(config)
@@ -185,7 +203,10 @@ class DirectWriter:
         """The lengths packed, the payloads joined, one call."""
         count = len(payloads)
         lengths = struct.pack(f"{count}Q", *map(len, payloads))
-        joined = b"".join(payloads)
+        self.append_joined(lengths, b"".join(payloads))
+
+    def append_joined(self, lengths: bytes, joined: bytes) -> None:
+        count = len(lengths) // 8
         if lib.mw_append_many(self._writer, joined, lengths, ffi.NULL, count, 0, 0, 0, lib.MW_NOW) < 0:
             raise OSError("mw_append_many")
 
@@ -242,11 +263,13 @@ def buffered(folder: Path, rounds: int, count: int) -> dict[str, list[float]]:
 
 
 def report_buffered(report: Report, ns: dict[str, list[float]]) -> None:
-    report.add("buffered append, one a call", ns["journal"], "ns", target=450, at_least=False)
-    report.add("the same by a direct cffi call", ns["direct"], "ns", at_least=False)
+    one, many = "the same by a direct cffi call", "the same by join and a direct cffi call"
+    report.add("buffered append, one a call", ns["journal"], "ns", target=450, at_least=False, limit=one)
+    report.add(one, ns["direct"], "ns", at_least=False)
     report.add("buffered append / direct", ratios(ns["journal"], ns["direct"]), target=2.2, at_least=False)
-    report.add("buffered append_many(64), an entry", ns["journal 64"], "ns", target=120, at_least=False)
-    report.add("the same by join and a direct cffi call", ns["direct 64"], "ns", at_least=False)
+    name = f"buffered append_many({BATCH}), an entry"
+    report.add(name, ns["journal 64"], "ns", target=120, at_least=False, limit=many)
+    report.add(many, ns["direct 64"], "ns", at_least=False)
     report.add("buffered append_many(64) / direct", ratios(ns["journal 64"], ns["direct 64"]))
     report.add(
         "buffered append, segments of 16 MiB prepared meanwhile", ns["default segments"], "ns", at_least=False

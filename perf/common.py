@@ -124,7 +124,8 @@ def percentiles(timings: Sequence[Timing]) -> dict[str, float]:
 
 @dataclass
 class Row:
-    """One figure: a sample a round. `target` must hold, `aim` is where it is to go next."""
+    """One figure: a sample a round. `target` must hold, `aim` is where it is to go next; `limit` names the
+    row that says what bounds it on this machine."""
 
     name: str
     samples: list[float]
@@ -132,10 +133,19 @@ class Row:
     target: float | None = None
     aim: float | None = None
     at_least: bool = True
+    limit: str | None = None
 
     @property
     def median(self) -> float:
         return float(np.median(self.samples))
+
+    @property
+    def digits(self) -> int:
+        return 4 if self.unit == "x" else 3
+
+    @property
+    def shown(self) -> str:
+        return f"{number(self.median, self.digits)} {self.unit}"
 
     @property
     def spread(self) -> tuple[float, float]:
@@ -168,6 +178,7 @@ class Row:
             "best": self.best,
             "samples": self.samples,
             "target": self.target,
+            "limit": self.limit,
             "aim": self.aim,
             "at_least": self.at_least,
             "meets_target": self.meets(self.target),
@@ -201,8 +212,9 @@ class Report:
         target: float | None = None,
         aim: float | None = None,
         at_least: bool = True,
+        limit: str | None = None,
     ) -> Row:
-        row = Row(name, [float(s) for s in samples], unit, target, aim, at_least)
+        row = Row(name, [float(s) for s in samples], unit, target, aim, at_least, limit)
         self.rows.append(row)
         return row
 
@@ -222,22 +234,25 @@ class Report:
     def missed(self) -> list[Row]:
         return [r for r in self.rows if r.meets(r.target) is False]
 
+    def told(self, row: Row) -> str:
+        """What it is, and what bounds it here."""
+        told = f"{row.name}: {row.shown}"
+        return told if row.limit is None else f"{told}; {row.limit}: {self.row(row.limit).shown}"
+
     def text(self) -> str:
         width = max((len(r.name) for r in self.rows), default=0)
         head = f"{'':{width}}  {'median':>10}  {'quartiles':>19}  {'best':>8}  {'target':>9}  {'aim':>9}"
         lines = [machine_line(self.machine), "", head]
         for r in self.rows:
-            digits = 4 if r.unit == "x" else 3
-            low, high = (number(v, digits) for v in r.spread)
-            spread, best = (f"{low} .. {high}", number(r.best, digits)) if len(r.samples) > 1 else ("", "")
+            low, high = (number(v, r.digits) for v in r.spread)
+            spread, best = (f"{low} .. {high}", number(r.best, r.digits)) if len(r.samples) > 1 else ("", "")
             sign = ">=" if r.at_least else "<="
             bounds = [f"{sign} {number(b)}" if b is not None else "" for b in (r.target, r.aim)]
             verdict = {None: "", True: "ok", False: "MISSED"}[r.meets(r.target)]
             ahead = {None: "", True: "aim met", False: "aim not met"}[r.meets(r.aim)]
             words = ", ".join(w for w in (verdict, ahead) if w)
-            measured = f"{number(r.median, digits)} {r.unit}"
             lines.append(
-                f"{r.name:{width}}  {measured:>10}  {spread:>19}  {best:>8}"
+                f"{r.name:{width}}  {r.shown:>10}  {spread:>19}  {best:>8}"
                 f"  {bounds[0]:>9}  {bounds[1]:>9}  {words}".rstrip()
             )
         return "\n".join([*lines, "", *self.notes])
@@ -267,7 +282,7 @@ def finish(
     if args.png is not None:
         (picture or bars)(report, args.png)
     for row in report.missed:
-        print(f"target missed: {row.name}", file=sys.stderr)
+        print(f"target missed: {report.told(row)}", file=sys.stderr)
     return 1 if report.missed and not args.no_check else 0
 
 

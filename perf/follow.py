@@ -1,10 +1,11 @@
 """What following costs, and how soon one sees: readers in other processes, durable entries of 256 bytes.
 
-How soon: from the return of an append to the moment at which the loop of a reader has the entry. What it
-costs the writer: its durable appends with readers that follow, against none, in short turns, so that what
-the disk does meanwhile falls on both; and, as a measure of what any work beside it costs, with a process that
-only gives its processor back (sched_yield). Catching up: follow() over what is there, against entries() over
-the same.
+How soon: from the return of an append to the moment at which the loop of a reader has the entry; and, as a
+measure of what the machine needs for it, the moment at which a reader runs that only waits, and looks at
+nothing. What it costs the writer: its durable appends with readers that follow, against none, in short
+turns, so that what the disk does meanwhile falls on both; and, as a measure of what any work beside it
+costs, with a process that only gives its processor back (sched_yield). Catching up: follow() over what is
+there, against entries() over the same.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ from common import (
 )
 
 from mmapwal import Journal
+from mmapwal._native import ffi, lib
+from mmapwal.observer import LOOK_S
 
 READERS = (0, 1, 4, 16)
 YIELDS = "yields"
@@ -59,6 +62,27 @@ def _follow(pipe: Pipe, path: str) -> None:
         for first, count in iter(pipe.recv, None):
             pipe.send(None)
             pipe.send([clock() for _ in islice(journal.follow(first), count)])
+
+
+def _wake(pipe: Pipe, path: str) -> None:
+    """A process that only waits as a follower does: when it ran again after each of so many appends."""
+    clock, wait = time.perf_counter_ns, lib.mw_follow_wait
+    timeout_ns = int(LOOK_S * 1e9)
+    with Journal(path, readonly=True) as journal:
+        pipe.send(None)
+        for _, count in iter(pipe.recv, None):
+            page = journal._engine.follow_page()
+            assert page is not None
+            pipe.send(None)
+            word = page.word()
+            woken: list[int] = []
+            while len(woken) < count:
+                wait(page.native, word, timeout_ns, 0, 1, ffi.NULL)
+                now, seen = clock(), word
+                word = page.word()
+                if word != seen:
+                    woken.append(now)
+            pipe.send(woken)
 
 
 def _yield(pipe: Pipe, _path: str) -> None:
@@ -136,12 +160,23 @@ def walk(entries: Any) -> float:
     return count * 1e9 / (time.perf_counter_ns() - start)
 
 
+def medians(samples: Sequence[Sequence[float]]) -> list[float]:
+    return [float(np.median(sample)) for sample in samples]
+
+
 def measure(report: Report, folder: Path, rounds: int, scale: int) -> None:
     with ExitStack() as stack:
         journal = stack.enter_context(Journal(folder / "journal", slots=1 << 18))
         readers = stack.enter_context(processes(_follow, folder / "journal", max(READERS)))
         busy = stack.enter_context(processes(_yield, folder / "journal", 1))
-        lags = [latency(journal, readers[0], 200 * scale) for _ in range(max(3, rounds // 2))]
+        waits = stack.enter_context(processes(_wake, folder / "journal", 1))
+        lags = interleave(
+            {
+                name: partial(latency, journal, reader, 200 * scale)
+                for name, reader in (("follows", readers[0]), ("waits", waits[0]))
+            },
+            max(3, rounds // 2),
+        )
         contenders = {str(n): partial(appends, journal, readers[:n]) for n in READERS}
         contenders[YIELDS] = partial(appends_beside, journal, busy)
         turns = interleave(contenders, rounds * TURNS)
@@ -153,14 +188,18 @@ def measure(report: Report, folder: Path, rounds: int, scale: int) -> None:
             "follow()": lambda: walk(reader.follow(timeout=0)),
         }
         speeds = interleave(walks, rounds)
-    medians = [float(np.median(lag)) for lag in lags]
-    report.add("seen behind the append", medians, "us", target=LATENCY_US, at_least=False)
+    woken = "calibration: woken behind the append, who only waits"
+    seen = medians(lags["follows"])
+    report.add("seen behind the append", seen, "us", target=LATENCY_US, at_least=False, limit=woken)
+    report.add(woken, medians(lags["waits"]), "us", at_least=False)
+    yields = "calibration: appends beside one that only yields / none"
     for n in READERS[1:]:
         name = f"appends with {n} who follow{'s' if n == 1 else ''} / none"
-        report.add(name, ratios(turns[str(n)], turns["0"]), target=UNDISTURBED if n == 1 else None)
-    report.add("appends beside one that only yields / none", ratios(turns[YIELDS], turns["0"]))
+        target, limit = (UNDISTURBED, yields) if n == 1 else (None, None)
+        report.add(name, ratios(turns[str(n)], turns["0"]), target=target, limit=limit)
+    report.add(yields, ratios(turns[YIELDS], turns["0"]))
     report.add("catching up / entries()", ratios(speeds["follow()"], speeds["entries()"]), target=CATCH_UP)
-    alone = [float(np.percentile(lag, 99)) for lag in lags]
+    alone = [float(np.percentile(lag, 99)) for lag in lags["follows"]]
     report.add("seen behind the append, p99", alone, "us", at_least=False)
     report.add("catching up", [s / 1e6 for s in speeds["follow()"]], "M/s")
 

@@ -43,3 +43,9 @@ def test_handlers_that_raise_into_changes_of_structure_lose_nothing_and_invent_n
     result = run("changes")
     assert result["interrupted"] > 20
     assert result["changes"] > 50
+
+
+def test_handlers_that_raise_into_who_follows_lose_no_entry_and_give_none_twice(run: Run) -> None:
+    result = run("follows")
+    assert result["interrupted"] > 400
+    assert result["entries"] > 1000

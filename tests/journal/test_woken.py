@@ -3,8 +3,10 @@ other than it would have found by looking."""
 
 from __future__ import annotations
 
+import gc
 import os
 import random
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,10 +23,12 @@ from mmapwal import (
     following,
 )
 from mmapwal import format as fmt
+from mmapwal.reader import make_entry
 from tests.conftest import Home
 
 from .elsewhere import Writer, lose
 from .files import write
+from .watched import WAIT_S, Task
 
 SMALL: dict[str, Any] = {"slots": 256, "segment_bytes": 16384}
 
@@ -277,3 +281,128 @@ def test_a_damaged_entry_is_not_taken_and_its_place_is_told(home: Home, follow: 
     with pytest.raises(CorruptionError) as e:
         follower.take_next(0)
     assert (e.value.segment, e.value.op, e.value.lsn) == (segment.record.name, 3, header.lsn)
+
+
+# --- between what a follower looks at and what it is woken by -----------------------------------------
+
+
+@everybody
+def test_who_had_looked_before_a_cut_is_told_of_it_before_what_came_behind_it(
+    journal: Journal, follow: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    follower = follow(journal)
+    for n in range(9):
+        journal.append(b"%d" % n)
+    list(everything(follower))
+    journal.append(b"not given yet")
+    checks = follower._check_watermark
+
+    def another_thread_cuts() -> None:
+        checks()
+        monkeypatch.undo()
+        journal.truncate_from(8)
+        journal.append(b"another 8")
+        if follower._engine is not journal._engine:
+            follower._engine.look()
+
+    monkeypatch.setattr(follower, "_check_watermark", another_thread_cuts)
+    assert follower.take() is None
+    with pytest.raises(TruncatedError) as e:
+        list(follower.take_next(0) or ())
+    assert e.value.op == 8
+    assert [bytes(entry.payload) for entry in everything(follower)] == [b"another 8"]
+
+
+@everybody
+def test_a_removal_that_was_taken_over_and_is_not_announced_yet_counts(
+    journal: Journal, follow: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal.append(b"x")
+    follower = follow(journal)
+    engine = journal._engine
+    announce, published, threads = engine._note_superblock, follower._engine.published, []
+    is_there, goes_on = threading.Event(), threading.Event()
+
+    def late() -> None:
+        is_there.set()
+        assert goes_on.wait(WAIT_S)
+        announce()
+
+    def cuts() -> None:
+        journal.append(b"removed")
+        journal.truncate_from(2)
+
+    def before_all_that() -> tuple[int, int]:
+        told: tuple[int, int] = published()
+        monkeypatch.setattr(follower._engine, "published", published)
+        threads.append(Task(cuts))
+        assert is_there.wait(WAIT_S)
+        if follower._engine is not engine:
+            follower._engine._read_superblock()
+        return told
+
+    monkeypatch.setattr(engine, "_note_superblock", late)
+    monkeypatch.setattr(follower._engine, "published", before_all_that)
+    assert follower.take() is None
+    assert list(follower.take_next(0) or ()) == []
+    goes_on.set()
+    threads[0].result()
+    assert list(everything(follower)) == []
+
+
+@everybody
+def test_what_a_signal_handler_raises_into_a_wake_up_loses_nothing(
+    journal: Journal, follow: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class HitError(Exception):
+        pass
+
+    def hit(entry: Any) -> Entry:
+        make_entry(entry)
+        raise HitError
+
+    journal.append(b"x")
+    follower = follow(journal)
+    journal.append(b"y")
+    monkeypatch.setattr(following, "make_entry", hit)
+    with pytest.raises(HitError):
+        follower.take_next(0)
+    monkeypatch.undo()
+    assert woken(follower) == stored(journal, 2)
+
+
+@everybody
+def test_a_signal_handler_that_follows_on_meanwhile_takes_what_it_takes(
+    journal: Journal, follow: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal.append(b"x")
+    follower = follow(journal)
+    for n in range(3):
+        journal.append(b"%d" % n)
+        waits, handled = follower.bell.wait, []
+
+        def is_interrupted(*args: Any, waits: Any = waits, handled: list[int] = handled) -> None:
+            waits(*args)
+            monkeypatch.undo()
+            handled += [e.op for e in follower.take_next(0) or ()]
+
+        monkeypatch.setattr(follower.bell, "wait", is_interrupted)
+        assert list(follower.take_next(0) or ()) == []
+        assert handled == [2 + n]
+
+
+@everybody
+def test_a_follower_that_sleeps_keeps_nothing_of_what_was_compacted(journal: Journal, follow: Any) -> None:
+    follower = follow(journal)
+    for _ in range(200):
+        journal.append(b"x" * 900)
+        assert [e.op for e in everything(follower)] == [journal.last_op]
+    last = journal.last_op or 0
+    assert len(journal._engine.segments.table.segments) > 5
+    list(journal.entries())
+    journal.set_snapshot_op(last - 1)
+    journal.compact(wait=True)
+    assert follower.take_next(0) is None
+    gc.collect()
+    assert sum(length for length, _ in follower._engine.segments.held.held()) <= 16384
+    assert sum(length for length, _ in journal._engine.segments.held.held()) <= 16384

@@ -182,6 +182,29 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_what_a_follower_takes_is_guarded_also_when_the_handler_was_replaced_while_it_slept(run: Run) -> None:
+    done = run("""
+page = ffi.new("struct mw_index_header *", {"wake": 1, "superblock_sequence": 7})
+page.progress[1].written_lsn = page.progress[1].durable_lsn = 2**40
+page.progress[1].sequence = 1
+page.progress[1].check = lib.mw_crc32c(0, ffi.addressof(page.progress[1]), 28)
+walk = ffi.new("struct mw_walk *", {"frames": lost, "base_lsn": 4096, "capacity": BYTES, "lsn": 4096,
+                                    "limit_lsn": 2**63})
+following = ffi.new("struct mw_next *", {"walk": walk, "max": 8, "superblock_sequence": 7})
+ended = []
+wait = lambda: ended.append(lib.mw_follow_wait(page, 1, 10**11, 0, 1, following))
+thread = threading.Thread(target=wait)
+thread.start()
+while page.waiting == 0: pass
+faulthandler.enable()
+while thread.is_alive():
+    lib.mw_follow_stir(page)
+    thread.join(0.01)
+assert (ended, following.count) == ([0], 0)
+""")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 TOUCHES = {
     "mw_copy_guarded": "lib.mw_copy_guarded(good, lost, 10)",
     "mw_copy_guarded, storing": "lib.mw_copy_guarded(lost, good, 10)",
