@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import errno
 import os
-import struct
 import weakref
 from asyncio import InvalidStateError
 from asyncio import _get_running_loop as _running_loop  # None where none runs, instead of an error
@@ -31,12 +30,11 @@ from mmapwal.errors import (
     JournalError,
     PoisonedError,
 )
-from mmapwal.journal import Journal, check_kind, check_op, out_of_range
+from mmapwal.journal import LENGTH, Journal, check_kind, check_op, out_of_range
 from mmapwal.opening import Durability
 
 __all__ = ["AsyncJournal"]
 
-_LENGTH = struct.Struct("Q")
 MANY = 128  # entries that are worth a commit before the loop has gone round
 
 
@@ -142,16 +140,16 @@ class AsyncJournal:
                 self._lose_count()
                 raise
         data = self.journal._data(payload)
-        return self._request(data, _LENGTH.pack(len(data)), 0, fmt.frame_bytes(len(data)), op=op, kind=kind)
+        return self._request(data, LENGTH.pack(len(data)), 0, fmt.frame_bytes(len(data)), op=op, kind=kind)
 
     def append_many(
         self, payloads: Iterable[Buffer], *, first_op: int | None = None, kind: int = 0
     ) -> Awaitable[range]:
         """Stages entries with consecutive ops as one batch, all or none; the awaitable gives their ops. An
         empty batch writes nothing. Else as append() and Journal.append_many()."""
-        joined, lengths, count, total = self.journal._join(payloads)
+        joined, lengths, even, count, total = self.journal._join(payloads)
         if count:
-            return self._request(joined, lengths, count, total, op=first_op, kind=kind)
+            return self._request(joined, lengths, count, total, op=first_op, kind=kind, even=even)
         loop = self._start()
         self._engine.check_usable()
         first = int(self._engine.state().next_op) if first_op is None else check_op(first_op, "first_op")
@@ -160,7 +158,15 @@ class AsyncJournal:
         return future
 
     def _request(
-        self, data: bytes, lengths: bytes, batch: int, frame_bytes: int, *, op: int | None, kind: int
+        self,
+        data: bytes,
+        lengths: bytes,
+        batch: int,
+        frame_bytes: int,
+        *,
+        op: int | None,
+        kind: int,
+        even: int = 0,
     ) -> asyncio.Future[Any]:
         """What is no common case goes by the queue, which is empty most of the time."""
         loop = self._start()
@@ -168,7 +174,7 @@ class AsyncJournal:
         check_kind(kind)
         timestamp = 0 if self._clock is None else self._clock()
         args = (
-            data, lengths, batch or 1, first, kind, timestamp, self._flags
+            data, lengths, batch or 1, first, kind, timestamp, self._flags | even
         )  # fmt: skip
         request = _Request(loop.create_future(), args, batch, frame_bytes, first)
         self._backlog.append(request)

@@ -39,7 +39,9 @@ from mmapwal.verify import VerifyReport
 
 __all__ = ["Journal", "JournalStats"]
 
+LENGTH = struct.Struct("Q")
 Progress = Callable[[int, int], None]
+_EVEN = int(lib.MW_EVEN)
 
 
 def _choice(name: str, value: Any, low: int, high: int, multiple: int = 1) -> None:
@@ -147,6 +149,7 @@ class Journal(Reading):
         self._flags = lib.MW_NOW if self._clock is None else 0
         self._native_append = lib.mw_append
         self._append_next = lib.mw_append_next
+        self._native_append_many = lib.mw_append_many
         self._writer = engine.writer
         self._syncing = BackgroundSync()
         self._finalizer = weakref.finalize(self, _abandoned, engine, self._reader, self._syncing)
@@ -250,7 +253,7 @@ class Journal(Reading):
         `kinds` one each. A batch with its frames is bounded by what one payload may take, or a segment:
         PayloadTooLargeError says by how much. Else as append().
         """
-        joined, lengths, count, total = self._join(payloads)
+        joined, lengths, even, count, total = self._join(payloads)
         first = 0 if first_op is None else check_op(first_op, "first_op")
         if not count:
             self._engine.check_usable()
@@ -266,28 +269,33 @@ class Journal(Reading):
                 raise out_of_range(e, kinds, None) from None
         timestamp = 0 if self._clock is None else self._clock()
         args = (
-            self._writer, joined, lengths, column, count, first, kind, timestamp, self._flags,
+            self._writer, joined, lengths, column, count, first, kind, timestamp, self._flags | even,
         )  # fmt: skip
         try:
-            done = lib.mw_append_many(*args)
+            done = self._native_append_many(*args)
         except (OverflowError, TypeError) as e:
             raise out_of_range(e, kind, None) from None
         if done <= 0:
-            done = self._append_again(done, lib.mw_append_many, args, total, first)
+            done = self._append_again(done, self._native_append_many, args, total, first)
         return range(done, done + count)
 
-    def _join(self, payloads: Iterable[Buffer]) -> tuple[bytes, bytes, int, int]:
-        """A batch in one piece, the packed length of each, how many, and what their frames take at most."""
+    def _join(self, payloads: Iterable[Buffer]) -> tuple[bytes, bytes, int, int, int]:
+        """A batch in one piece, the packed length of each and 0, or the one that all have and MW_EVEN; how
+        many, and what their frames take at most."""
         parts: list[Any] = list(payloads)
-        if countOf(map(type, parts), bytes) != len(parts):
-            parts = [p if type(p) is bytes else self._bytes(p) for p in parts]
         count = len(parts)
-        lengths = struct.pack(f"{count}Q", *map(len, parts))  # half the time of an array
+        if countOf(map(type, parts), bytes) != count:
+            parts = [p if type(p) is bytes else self._bytes(p) for p in parts]
         joined = b"".join(parts)
+        length = len(parts[0]) if count else 0
+        if length * count == len(joined) and countOf(map(len, parts), length) == count:
+            lengths, even = LENGTH.pack(length), _EVEN
+        else:
+            lengths, even = struct.pack(f"{count}Q", *map(len, parts)), 0  # half the time of an array
         total = len(joined) + (fmt.FRAME_BYTES + 7) * count
         if len(joined) > self._max_payload_bytes or total > self._max_batch_bytes:
             total = self._check_batch([len(p) for p in parts])
-        return joined, lengths, count, total
+        return joined, lengths, even, count, total
 
     def _check_batch(self, lengths: list[int]) -> int:
         """What the batch takes; PayloadTooLargeError."""

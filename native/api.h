@@ -353,7 +353,7 @@ int mw_follow_wait(struct mw_index_header *page, uint32_t seen, int64_t timeout_
 /* ---- the writer: staging and group commit ---- */
 
 enum mw_durability { MW_SYNC = 1, MW_OS = 2, MW_BUFFERED = 3 };
-enum { MW_REPLACE = 1, MW_NOW = 2 };
+enum { MW_REPLACE = 1, MW_NOW = 2, MW_EVEN = 4 };
 enum { MW_SYNC_STAGED = 1, MW_SYNC_CLOSING = 2 };
 
 enum mw_stage {
@@ -421,7 +421,7 @@ void mw_writer_free(struct mw_writer *w);
 int64_t mw_append(struct mw_writer *w, const char *data, uint64_t bytes, int64_t op, int32_t kind,
                   int64_t timestamp_ns, uint32_t flags);
 int64_t mw_append_next(struct mw_writer *w, const char *data, uint64_t bytes, int32_t kind);
-/* `lengths`: `count` packed uint64_t, whose sum `data` holds. */
+/* `lengths`: `count` packed uint64_t, whose sum `data` holds; MW_EVEN: one, for each of them. */
 int64_t mw_append_many(struct mw_writer *w, const char *data, const void *lengths,
                        const uint16_t *kinds, uint64_t count, int64_t first_op, int32_t kind,
                        int64_t timestamp_ns, uint32_t flags);

@@ -167,16 +167,16 @@ static int64_t now_ns(void) {
 }
 
 /* Packed 64-bit numbers, at any address: they come as bytes of Python. */
-static uint64_t length_at(const void *lengths, uint64_t i) {
+static uint64_t length_at(const void *lengths, uint32_t flags, uint64_t i) {
     uint64_t length;
-    memcpy(&length, (const char *)lengths + i * sizeof length, sizeof length);
+    memcpy(&length, (const char *)lengths + (flags & MW_EVEN ? 0 : i * sizeof length), sizeof length);
     return length;
 }
 
-static int sizes(const void *lengths, uint64_t count, uint64_t *bytes) {
+static int sizes(const void *lengths, uint32_t flags, uint64_t count, uint64_t *bytes) {
     *bytes = 0;
     for (uint64_t i = 0; i < count; i++) {
-        uint64_t length = length_at(lengths, i);
+        uint64_t length = length_at(lengths, flags, i);
         if (length > INT32_MAX) return MW_E_TOO_LARGE;
         *bytes += mw_frame_bytes(length);
         if (*bytes > INT32_MAX) return MW_E_TOO_LARGE;
@@ -200,12 +200,12 @@ int64_t stage(struct mw_writer *w, const char *data, const void *lengths, const 
     struct admit a = {w, first, count, flags};
     if ((rc = mw_guarded_unarmed(admit, &a)) != 0) return rc;
     uint64_t bytes;
-    if ((rc = sizes(lengths, count, &bytes)) != 0) return rc;
+    if ((rc = sizes(lengths, flags, count, &bytes)) != 0) return rc;
     if ((rc = place(w, bytes)) != 0 || (rc = reserve(w->open, bytes + tail_reserve(w))) != 0) return rc;
     if (flags & MW_NOW) timestamp_ns = now_ns();
     uint64_t from = w->open->bytes;
     for (uint64_t i = 0; i < count; i++) {
-        uint32_t length = (uint32_t)length_at(lengths, i);
+        uint32_t length = (uint32_t)length_at(lengths, flags, i);
         struct mw_frame f = {.op = first + i, .timestamp_ns = timestamp_ns, .length = length,
                              .kind = kinds != NULL ? kinds[i] : (uint16_t)kind, .type = MW_ENTRY,
                              .flags = i + 1 < count ? MW_FLAG_MORE : 0};

@@ -3,8 +3,8 @@
 Durable: one entry of 256 bytes a call, and 64 a call. The raw loops write the bytes that the frames
 take, wholly in C, each write timed there; the journal's calls are timed one by one in Python, and
 nothing is subtracted. Between the two is the same C append by a direct cffi call, of payloads that were
-joined before: what framing takes behind each wait for the disk, whoever calls. Buffered: nanoseconds a
-call against such a direct call.
+joined before (what framing takes behind each wait for the disk, whoever calls) and that are joined for it
+(the least in Python). Buffered: nanoseconds a call against such a direct call.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
+from operator import countOf
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,13 @@ RAW = {
     "pwritev2(RWF_DSYNC)": Method.RWF_DSYNC,
     "pwrite, O_DSYNC": Method.O_DSYNC,
 }
-JOURNAL, DIRECT, SQLITE = "journal", "direct call, joined", "sqlite3 WAL FULL"
+JOURNAL, SQLITE = "journal", "sqlite3 WAL FULL"
+JOINED, JOINING = "direct call, joined before", "join and direct call"
 WARM = 4  # calls before each timed stretch: what the one before left behind is not its successor's
 SLOTS = 65_536  # the journal's default
 BUFFER_BYTES = 1 << 20
 ZEROS = bytes(MIB)
+PACKED = struct.Struct("Q")
 
 Contender = Callable[[], Timing]
 Results = dict[str, list[Timing]]
@@ -81,10 +84,18 @@ def journal_round(journal: Journal, payload: bytes, batch: int, count: int) -> T
     return python_round(journal.append_many, [payload] * batch, count)
 
 
-def direct_round(writer: DirectWriter, payload: bytes, batch: int, count: int) -> Timing:
-    writer.make_room()
-    lengths = struct.pack(f"{batch}Q", *[len(payload)] * batch)
-    return python_round(partial(writer.append_joined, lengths), payload * batch, count)
+def direct_rounds(writer: DirectWriter, payload: bytes, batch: int, count: int) -> dict[str, Contender]:
+    """The same C append by a direct call, of what was joined before, and of what has to be."""
+
+    def timed(call: Callable[[Any], object], argument: object) -> Timing:
+        writer.make_room()
+        return python_round(call, argument, count)
+
+    joined = partial(writer.append_joined, len(payload), batch)
+    return {
+        JOINED: partial(timed, joined, payload * batch),
+        JOINING: partial(timed, writer.append_many, [payload] * batch),
+    }
 
 
 def sqlite_round(sqlite: SqliteLog, payload: bytes, batch: int, count: int) -> Timing:
@@ -108,7 +119,7 @@ def durable(folder: Path, batch: int, rounds: int, count: int) -> Results:
         writer = stack.enter_context(closing(DirectWriter(path, SLOTS, room, durability=lib.MW_SYNC)))
         sqlite = stack.enter_context(closing(SqliteLog(folder / f"sqlite{batch}")))
         contenders[JOURNAL] = partial(journal_round, journal, payload, batch, count)
-        contenders[DIRECT] = partial(direct_round, writer, payload, batch, count)
+        contenders |= direct_rounds(writer, payload, batch, count)
         contenders[SQLITE] = partial(sqlite_round, sqlite, payload, batch, count)
         return interleave(contenders, rounds)
 
@@ -124,12 +135,13 @@ def report_durable(
     loop that was fastest in this run has the target."""
     mine, fastest = rates(results[JOURNAL]), fastest_raw(results)
     raw, sqlite = rates(results[fastest]), rates(results[SQLITE])
-    direct = f"calibration: {title} by a direct call, joined before / raw {fastest}"
+    direct = {name: f"calibration: {title} by {name} / raw {fastest}" for name in (JOINED, JOINING)}
     rival = f"calibration: {title}, raw {fastest} / {SQLITE}"
     for name in RAW:
-        target, limit = (raw_target, direct) if name == fastest else (None, None)
+        target, limit = (raw_target, direct[JOINING]) if name == fastest else (None, None)
         report.add(f"{title} / raw {name}", ratios(mine, rates(results[name])), target=target, limit=limit)
-    report.add(direct, ratios(rates(results[DIRECT]), raw))
+    for name, row in direct.items():
+        report.add(row, ratios(rates(results[name]), raw))
     report.add(f"{title} / {SQLITE}", ratios(mine, sqlite), target=sqlite_target, limit=rival)
     report.add(rival, ratios(raw, sqlite))
     points = {name: percentiles(timings) for name, timings in results.items()}
@@ -200,14 +212,15 @@ class DirectWriter:
         return (time.perf_counter_ns() - start) / count
 
     def append_many(self, payloads: Sequence[bytes]) -> None:
-        """The lengths packed, the payloads joined, one call."""
-        count = len(payloads)
-        lengths = struct.pack(f"{count}Q", *map(len, payloads))
-        self.append_joined(lengths, b"".join(payloads))
+        """The least that payloads of one length need: seen to be that, joined, one call."""
+        count, length = len(payloads), len(payloads[0])
+        if countOf(map(len, payloads), length) != count:
+            raise ValueError(payloads)
+        self.append_joined(length, count, b"".join(payloads))
 
-    def append_joined(self, lengths: bytes, joined: bytes) -> None:
-        count = len(lengths) // 8
-        if lib.mw_append_many(self._writer, joined, lengths, ffi.NULL, count, 0, 0, 0, lib.MW_NOW) < 0:
+    def append_joined(self, length: int, count: int, joined: bytes) -> None:
+        size, flags = PACKED.pack(length), lib.MW_NOW | lib.MW_EVEN
+        if lib.mw_append_many(self._writer, joined, size, ffi.NULL, count, 0, 0, 0, flags) < 0:
             raise OSError("mw_append_many")
 
     def make_room(self) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import Iterator
 
 import pytest
 
-from mmapwal import Durability, Journal, PayloadTooLargeError
+from mmapwal import AsyncJournal, Durability, Journal, PayloadTooLargeError
 from mmapwal import format as fmt
 from mmapwal._native import lib
 
@@ -49,6 +50,33 @@ def test_a_batch_has_consecutive_ops_from_first_op_or_the_next_one(home: Home, h
     }  # fmt: skip
     assert contents_of(journal) == wanted
     assert contents_of(reopened(home, journal, how)) == wanted
+
+
+@pytest.mark.parametrize("by", ["append_many", "a loop"])
+@pytest.mark.parametrize(
+    "lengths",
+    # The first of them times their number is what they are together, or they are of one length.
+    [(2, 1, 3), (2, 3, 1), (0, 0, 0), (5, 5, 5), (0,), (7,), (0, 1), (1, 0), (3, 3, 4)],
+    ids=str,
+)
+def test_each_payload_of_a_batch_keeps_its_length(home: Home, lengths: tuple[int, ...], by: str) -> None:
+    payloads: list[bytes | bytearray | memoryview] = [
+        bytes([n + 1]) * length for n, length in enumerate(lengths)
+    ]
+    wanted = [bytes(p) for p in payloads]
+
+    async def submit(journal: Journal, batch: list[bytes | bytearray | memoryview]) -> None:
+        async with AsyncJournal(journal) as loop:
+            await loop.append_many(batch)
+
+    journal = home.open(**SMALL)
+    for batch in (payloads, list(map(bytearray, payloads)), list(map(memoryview, payloads))):
+        if by == "append_many":
+            journal.append_many(batch)
+        else:
+            asyncio.run(submit(journal, batch))
+    assert [bytes(p) for p in journal.payloads()] == wanted * 3
+    assert [bytes(p) for p in killed(home, journal).open().payloads()] == wanted * 3
 
 
 def test_kinds_may_be_any_sequence_and_win_over_kind(home: Home) -> None:
