@@ -186,7 +186,7 @@ READING = (
     Mutant(
         "index trusted without its seal",
         "an index is believed only with the seal's checksum",
-        (Patch("mmapwal/opening.py", " and index.crc() == seal.index_crc:", ":"),),
+        (Patch("mmapwal/opening.py", " and crc() == superblock.seal.index_crc\n", "\n"),),
         Method.EXPLORER,
         Failure.WRONG,
         "tests/crash/test_second_crash.py::test_an_index_that_is_never_synced_costs_a_scan_and_loses_nothing",
