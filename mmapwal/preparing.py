@@ -235,14 +235,13 @@ class Preparer:
             return PAUSE_MAX_S
         return min(PAUSE_MAX_S, left / filled_bytes * seconds / steps)
 
-    def give_back(self) -> bool:
-        """Lets go of the space of a segment in the making; whether there was one. The caller holds
-        `structure`, so none is begun meanwhile."""
+    def give_back(self) -> None:
+        """Lets go of the space of a segment in the making. The caller holds `structure`, so none is begun
+        meanwhile."""
         with self._guard:
             making, self._making = self._making, None
             if making is not None:
                 making.discard()
-        return making is not None
 
     def _drop(self, mine: NewSegment) -> None:
         with self._guard:

@@ -212,6 +212,32 @@ def test_a_change_on_a_full_disk_takes_the_space_of_a_segment_in_the_making(
         assert journal.append(b"two") == 2
 
 
+def test_a_change_on_a_full_disk_is_tried_again_when_the_segment_in_the_making_found_it_full_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both ask for space at once, a file system that looks for some says no to both at once, and the
+    segment has let go of what it had before the change asks for it."""
+    with Journal(tmp_path / "j", slots=16, segment_bytes=16384) as journal:
+        journal.append(b"one")
+        engine = journal._engine
+        commit = engine._file.commit
+
+        def commit_where_nothing_is_in_the_making(new: Superblock) -> None:
+            making, engine._preparer._making = engine._preparer._making, None
+            if making is not None:
+                making.discard()
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            commit(new)
+
+        monkeypatch.setattr(engine._file, "commit", commit_where_nothing_is_in_the_making)
+        with engine.structure:
+            record = SegmentRecord(99, engine.superblock.next_base_lsn, 12288)
+            engine._preparer._making = NewSegment(engine.directory, engine.superblock.uuid, record)
+            journal.set_snapshot_op(1)
+        assert journal.snapshot_op == 1
+        assert journal.append(b"two") == 2
+
+
 @pytest.mark.usefixtures("slow_steps")
 def test_a_close_leaves_nothing_of_a_segment_in_the_making_and_does_not_wait_for_it(
     open_on: Callable[..., Journal],
