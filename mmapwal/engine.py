@@ -363,11 +363,10 @@ class Engine:
     def made_room(self, error: OSError) -> bool:
         """Whether to try once more on a full disk: what is only made ahead or on its way out is gone now, and
         may have gone since the error. Without threads there is no such thing."""
-        if error.errno not in NO_SPACE or not self.directory.concurrent:
-            return False
-        self._preparer.give_back()
-        self.disposal.wait()
-        return True
+        if is_full := error.errno in NO_SPACE and self.directory.concurrent:
+            self._preparer.give_back()
+            self.disposal.wait()
+        return is_full
 
     def remove_files(self, names: Iterable[str]) -> list[str]:
         """Unlinks what no superblock names (SuperblockFile.remove_files), at once: the names may come

@@ -426,8 +426,11 @@ def test_an_append_without_space_waits_for_files_that_go(
 
     directory.on = on
     monkeypatch.setattr(disposal, "wait", wait_for_all)
-    for n in range(41, 80):
-        assert journal.append(b"%04d" % n * 220, kind=n) == n
+    try:
+        for n in range(41, 80):
+            assert journal.append(b"%04d" % n * 220, kind=n) == n
+    finally:
+        gate.open()
     assert disposal.pending == 0
     assert contents_of(journal) == entries(range(31, 80))
 

@@ -86,8 +86,8 @@ FAILURES = (
         (
             Patch(
                 "mmapwal/engine.py",
-                "        self._preparer.give_back()\n        self.disposal.wait()\n",
-                "        self._preparer.give_back()\n",
+                "            self._preparer.give_back()\n            self.disposal.wait()\n",
+                "            self._preparer.give_back()\n",
             ),
         ),
         Method.FAULTS,
