@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mmapwal._native import lib
+from mmapwal._native import ffi, lib
 
 FORMAT_VERSION = 1
 ALIGN_BYTES = 8  # of frames
@@ -191,8 +191,6 @@ SNAPSHOT_HEADER = np.dtype(
 
 def crc32c(data: bytes | bytearray | memoryview, seed: int = 0) -> int:
     """CRC32C of `data`, continuing from `seed`."""
-    from mmapwal._native import ffi
-
     plain = data if type(data) is bytes else ffi.from_buffer(data)
     return int(lib.mw_crc32c(seed, plain, len(data)))
 

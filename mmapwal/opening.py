@@ -83,6 +83,16 @@ def check_sizes(directory: Directory, superblock: Superblock, options: Options) 
             raise IncompatibleFormatError(f"{directory} was made with {name}={is_}, not {wanted}")
 
 
+def begin_crc(index: SlotIndex, second: SecondThread, threads: int) -> Callable[[], int]:
+    """To be asked for the checksum of the index. It takes longer than to look at all segments, so the caller
+    does that meanwhile, and the smaller part of this before."""
+    if threads == 1:
+        return index.crc
+    told = second.submit(index.crc, halves=[0])
+    index.map_half(1)
+    return told.result
+
+
 class Opening:
     """One open, step by step. The caller has the lock, and lets go when a step fails."""
 
@@ -118,7 +128,7 @@ class Opening:
         if index is not None:
             self.index = index
         with SecondThread("recovery") as second:
-            crc = self._begin_checking(index, superblock, second)
+            crc = self._begin_crc(index, superblock, second)
             for segment in self.segments.table.segments:
                 segment.check()
             self.watch.lap("superblock")
@@ -128,16 +138,13 @@ class Opening:
         if created:
             self.report.outcome = RecoveryRow.CREATED
 
-    def _begin_checking(
+    def _begin_crc(
         self, index: SlotIndex | None, superblock: Superblock, second: SecondThread
     ) -> Callable[[], int | None]:
-        """To be asked for what the index of a sealed journal comes to, which takes as long as to look at all
-        its segments. None: there is none, or no seal."""
+        """begin_crc(), where there is an index that a seal may vouch for."""
         if index is None or superblock.seal is None:
             return lambda: None
-        if threads_for(self.directory) > 1:
-            return second.submit(index.crc).result
-        return index.crc
+        return begin_crc(index, second, threads_for(self.directory))
 
     def _find(self, superblock: Superblock, index: SlotIndex | None, *, is_sealed: bool) -> Scanned:
         """Where the journal ends: by the seal, or by a scan. Changes nothing."""
@@ -177,7 +184,8 @@ class Opening:
         """Makes what was found the truth: the superblock durable, the tail proven, a new epoch there. The
         index, which nobody believes before a seal, is filled while that waits for the disk."""
         found, report = self.found, self.report
-        self._check_numbers(superblock)
+        if found.slots or index is None:  # else the first change is a commit, which checks them itself
+            self._check_numbers(superblock)
         with SecondThread("recovery") as second:
             filled = self._begin_filling(index, second)
             if found.slots:

@@ -28,20 +28,22 @@ _ZEROS = bytes(ZERO_STEP_BYTES)
 
 def encode_header(uuid: bytes, record: SegmentRecord) -> bytes:
     """The header page; it never changes afterwards."""
-    header: Any = np.zeros((), fmt.SEGMENT_HEADER)
-    header["magic"] = fmt.SEGMENT_MAGIC
-    header["version"] = fmt.FORMAT_VERSION
-    header["generation"] = record.generation
-    header["uuid"] = np.void(uuid)
-    header["id"], header["base_lsn"], header["capacity"] = record.id, record.base_lsn, record.capacity
-    header["salt"] = fmt.segment_salt(uuid, record.id)
-    raw = header.tobytes()
-    header["crc"] = fmt.crc32c(raw[:-4])
-    return bytes(header.tobytes().ljust(fmt.PAGE_BYTES, b"\0"))
+    return _header(uuid, record).ljust(fmt.PAGE_BYTES, b"\0")
+
+
+def _header(uuid: bytes, record: SegmentRecord) -> bytes:
+    fields = (
+        fmt.SEGMENT_MAGIC, fmt.FORMAT_VERSION, record.generation, uuid, record.id, record.base_lsn,
+        record.capacity, fmt.segment_salt(uuid, record.id), 0,
+    )  # fmt: skip
+    body = np.array(fields, fmt.SEGMENT_HEADER).tobytes()[:-4]
+    return body + fmt.crc32c(body).to_bytes(4, "little")
 
 
 def check_header(data: bytes, uuid: bytes, record: SegmentRecord) -> None:
     """CorruptionError or IncompatibleFormatError unless it is what `record` says."""
+    if data[: fmt.SEGMENT_HEADER.itemsize] == _header(uuid, record):
+        return
 
     def damaged(offset: int, reason: str) -> CorruptionError:
         return CorruptionError(record.name, offset, record.base_lsn, None, reason)
@@ -55,8 +57,7 @@ def check_header(data: bytes, uuid: bytes, record: SegmentRecord) -> None:
         raise damaged(0, "the checksum of the header is wrong")
     if int(header["version"]) != fmt.FORMAT_VERSION:
         raise IncompatibleFormatError(f"{record.name}: format version {header['version']}")
-    if data[: fmt.SEGMENT_HEADER.itemsize] != encode_header(uuid, record)[: fmt.SEGMENT_HEADER.itemsize]:
-        raise damaged(0, "the segment belongs to another journal or another place")
+    raise damaged(0, "the segment belongs to another journal or another place")
 
 
 class NewSegment:
