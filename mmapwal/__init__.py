@@ -6,8 +6,8 @@ space back.
 """
 
 import logging
+from typing import TYPE_CHECKING
 
-from mmapwal.aio import AsyncJournal
 from mmapwal.backup import BackupReport
 from mmapwal.columns import Columns, Header
 from mmapwal.errors import (
@@ -52,6 +52,22 @@ from mmapwal.storage import (
     SystemDirectory,
 )
 from mmapwal.verify import Problem, VerifyReport
+
+if TYPE_CHECKING:
+    from mmapwal.aio import AsyncJournal
+else:
+
+    def __getattr__(name: str) -> object:
+        """AsyncJournal when it is first asked for: asyncio is a third of what the import would take."""
+        if name != "AsyncJournal":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name)
+        from mmapwal.aio import AsyncJournal
+
+        return AsyncJournal
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
+
 
 __version__ = "0.1.0"
 

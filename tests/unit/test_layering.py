@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -203,6 +205,18 @@ def test_every_public_method_is_documented(name: str) -> None:
 def test_all_names_what_is_there_sorted_and_once(face: ModuleType) -> None:
     assert sorted(set(face.__all__)) == sorted(face.__all__)
     assert all(hasattr(face, name) for name in face.__all__)
+
+
+def test_asyncio_is_only_imported_for_who_asks_for_the_journal_of_tasks() -> None:
+    script = """
+import sys
+import mmapwal
+assert "AsyncJournal" in dir(mmapwal) and not hasattr(mmapwal, "AsyncJourney")
+assert "asyncio" not in sys.modules
+from mmapwal import *
+assert AsyncJournal is mmapwal.AsyncJournal and "asyncio" in sys.modules
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", script], check=True)
 
 
 def kinds_in(hints: Iterable[object]) -> Iterator[type]:
