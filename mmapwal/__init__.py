@@ -35,11 +35,12 @@ from mmapwal.errors import (
 )
 from mmapwal.inspection import inspect
 from mmapwal.journal import Journal, JournalStats
+from mmapwal.machines import MuxStateMachine, StateMachine
 from mmapwal.opening import Durability
 from mmapwal.reader import Entry
 from mmapwal.recovery import RecoveryReport, RecoveryRow
 from mmapwal.repair import RepairReport, repair
-from mmapwal.replica import MuxStateMachine, Replica, SnapshotCoordinator, StateMachine, recover
+from mmapwal.replica import Replica, SnapshotCoordinator, recover
 from mmapwal.snapshot import Snapshot, SnapshotStore
 from mmapwal.storage import (
     Directory,

@@ -22,6 +22,7 @@ from typing_extensions import Buffer
 from mmapwal import format as fmt
 from mmapwal._native import ffi, lib
 from mmapwal.aio_following import AsyncFollowing, Ringer
+from mmapwal.arguments import check_kind, check_op, out_of_range
 from mmapwal.engine import Engine
 from mmapwal.errors import (
     BusyError,
@@ -30,7 +31,7 @@ from mmapwal.errors import (
     JournalError,
     PoisonedError,
 )
-from mmapwal.journal import LENGTH, Journal, check_kind, check_op, out_of_range
+from mmapwal.journal import LENGTH, Journal
 from mmapwal.opening import Durability
 
 __all__ = ["AsyncJournal"]
@@ -64,6 +65,8 @@ class AsyncJournal:
     """
 
     def __init__(self, journal: Journal, *, max_pending: int = 65_536, inline: bool = False) -> None:
+        if not isinstance(journal, Journal):
+            raise TypeError(f"journal is a Journal, not {type(journal).__name__}")
         if max_pending < 1:
             raise ValueError(f"max_pending is above 0; not {max_pending}")
         self.journal = journal
@@ -118,6 +121,8 @@ class AsyncJournal:
         """Stages one entry. The awaitable gives its op when it is as durable as the journal's `durability`
         says. The payload is copied, any C-contiguous buffer. Blocks only where `inline` does.
 
+        It is a future and staged already: await it, or gather() some; create_task() wants a coroutine.
+
         Arguments that cannot be taken raise at the call: TypeError, ValueError, PayloadTooLargeError; and
         RuntimeError when no loop runs, BusyError, ClosedError, ForkedError. What else Journal.append raises
         comes from the await.
@@ -146,7 +151,7 @@ class AsyncJournal:
         self, payloads: Iterable[Buffer], *, first_op: int | None = None, kind: int = 0
     ) -> Awaitable[range]:
         """Stages entries with consecutive ops as one batch, all or none; the awaitable gives their ops. An
-        empty batch writes nothing. Else as append() and Journal.append_many()."""
+        empty batch writes nothing. Bounded as Journal.append_many(), else as append()."""
         joined, lengths, even, count, total = self.journal._join(payloads)
         if count:
             return self._request(joined, lengths, count, total, op=first_op, kind=kind, even=even)
@@ -187,7 +192,7 @@ class AsyncJournal:
         """As Journal.follow(), as an asynchronous iterator; also of a journal that is `readonly`. One thread
         sleeps for all who follow. What is there is checked on the loop, some hundred entries at a time."""
         if from_op is not None:
-            check_op(from_op, "from_op")
+            from_op = check_op(from_op, "from_op")
         return AsyncFollowing(self._ringer, from_op, timeout, written=written, owner=self)
 
     async def sync(self) -> int:

@@ -22,6 +22,7 @@ from mmapwal.errors import (
     SnapshotPersistError,
 )
 from mmapwal.index import published_progress
+from mmapwal.opening import strangers_in
 from mmapwal.segment import Segment, make_segment
 from mmapwal.snapshot import Snapshot, SnapshotStore, kept_snapshot
 from mmapwal.storage import Directory, Storage, SystemDirectory
@@ -126,6 +127,8 @@ def backup_in_use(
 
 def _back_up(moment: _Moment, destination: Directory, progress: Progress | None) -> BackupReport:
     try:
+        if strangers := strangers_in(destination):
+            raise JournalError(f"{destination} holds something else: {', '.join(strangers[:3])}")
         destination.lock(fmt.LOCK_NAME)
         return _copy_all(moment, destination, progress)
     finally:
@@ -168,7 +171,9 @@ def _earlier_backup(moment: _Moment, destination: Directory) -> Superblock | Non
     if before is not None and before.uuid != moment.superblock.uuid:
         raise IncompatibleFormatError(f"{destination} holds another journal")
     if fmt.INDEX_NAME in destination.names():
-        raise JournalError(f"{destination} was opened as a journal: it is no backup any more")
+        raise JournalError(
+            f"{destination} was opened as a journal: it is no backup any more; give another folder"
+        )
     return before
 
 

@@ -288,9 +288,8 @@ class Engine:
             case lib.MW_E_STALE:
                 return StaleOpError(f"{what} is at or below the watermark {watermark}")
             case lib.MW_E_FULL:
-                return JournalFullError(
-                    f"the slot of {what} still holds another op above the watermark {watermark}"
-                )
+                full = f"the slot of {what} holds another op above the watermark {watermark}"
+                return JournalFullError(f"{full}: a checkpoint, or set_snapshot_op(), frees slots")
             case lib.MW_E_BAD_OP if not op:
                 return ExhaustedError(f"the journal cannot go on: op {fmt.OP_MAX} is the last")
             case lib.MW_E_BAD_OP:

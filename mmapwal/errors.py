@@ -38,8 +38,10 @@ class CorruptionError(JournalError):
     """Acknowledged data is damaged. Nothing was changed.
 
     ``segment`` is the file's name, ``offset`` a byte in it, ``lsn`` the same place in the journal,
-    ``op`` the entry where it is known.
+    ``op`` the entry where it is known. ``directory``, where opening it found that, is the journal's.
     """
+
+    directory: str | None = None
 
     def __init__(self, segment: str, offset: int, lsn: int, op: int | None, reason: str) -> None:
         where = f"{segment} at byte {offset} (LSN {lsn}" + (f", op {op})" if op is not None else ")")
@@ -50,9 +52,14 @@ class CorruptionError(JournalError):
         self.op = op
         self.reason = reason
 
+    def __str__(self) -> str:
+        where = "" if self.directory is None else f"{self.directory}: "
+        return where + super().__str__()
+
 
 class JournalFullError(JournalError):
-    """The slot that the op needs still holds another op above the watermark. Nothing was written."""
+    """The slot that the op needs still holds another op above the watermark. Nothing was written. A
+    checkpoint, set_snapshot_op() or drain() frees slots; how many there are is fixed for a journal."""
 
 
 class ExhaustedError(JournalError):
@@ -81,7 +88,7 @@ class MissingOpError(JournalError, KeyError):
         self.op = op
 
     def __str__(self) -> str:
-        return f"no live entry has op {self.op}"
+        return f"no live entry has op {self.op!r}"
 
 
 class PayloadTooLargeError(JournalError, ValueError):

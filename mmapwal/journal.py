@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+import threading
 import time
 import warnings
 import weakref
@@ -18,10 +19,12 @@ from typing_extensions import Buffer
 from mmapwal import compaction, removal
 from mmapwal import format as fmt
 from mmapwal._native import ffi, lib
+from mmapwal.arguments import check_op, integer, out_of_range
 from mmapwal.backup import BackupReport, backup_in_use, backup_open
 from mmapwal.engine import Engine
 from mmapwal.errors import (
     ClosedError,
+    CorruptionError,
     PayloadTooLargeError,
     PoisonedError,
 )
@@ -44,27 +47,6 @@ Progress = Callable[[int, int], None]
 _EVEN = int(lib.MW_EVEN)
 
 
-def _choice(name: str, value: Any, low: int, high: int, multiple: int = 1) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} is an int, not {type(value).__name__}")
-    if not low <= value <= high or value % multiple:
-        of = f", a multiple of {multiple}" if multiple > 1 else ""
-        raise ValueError(f"{name} is {low} .. {high}{of}; not {value}")
-
-
-def check_op(op: Any, name: str = "op", low: int = 1) -> int:
-    if not isinstance(op, int) or isinstance(op, bool):
-        raise TypeError(f"{name} is an int, not {type(op).__name__}")
-    if not low <= op <= fmt.OP_MAX:
-        raise ValueError(f"{name} is {low} .. {fmt.OP_MAX}; not {op}")
-    return op
-
-
-def check_kind(kind: Any) -> None:
-    if type(kind) is not int or not 0 <= kind <= fmt.KIND_MAX:
-        raise out_of_range(TypeError() if not isinstance(kind, int) else ValueError(), kind, 0)
-
-
 class Journal(Reading):
     """A durable journal in a directory, with one writer.
 
@@ -75,7 +57,9 @@ class Journal(Reading):
     `sync_interval_ms` syncs in the background, for Durability.OS and BUFFERED; a failure poisons like any
     other, a full disk is tried again. `clock` gives timestamps in nanoseconds. `progress` (done, total, in
     bytes) is told during a long recovery. `storage` is where the files live; None: the real ones below
-    `path`; one that allows no background threads (in memory) cannot have `sync_interval_ms`.
+    `path`; one that allows no background threads (MemoryDirectory()) cannot have `sync_interval_ms`.
+    `verify_reads` checks the payload at each read(), as copy(), iteration and columns() always do: an open
+    after a clean close reads none of them.
 
     `readonly` takes no lock, makes nothing, and sees what another process makes durable. Reads and follow()
     work as ever; what writes raises ReadonlyError. The first read by op goes through all frames once, for
@@ -112,21 +96,18 @@ class Journal(Reading):
     ) -> None:
         durability, sync_method = Durability(durability), SyncMethod(sync_method)
         if slots is not None:
-            _choice("slots", slots, 1, fmt.SLOTS_MAX)
+            integer("slots", slots, 1, fmt.SLOTS_MAX)
         if segment_bytes is not None:
-            _choice(
-                "segment_bytes", segment_bytes, fmt.SEGMENT_BYTES_MIN, fmt.SEGMENT_BYTES_MAX, fmt.PAGE_BYTES
-            )
+            low, high = fmt.SEGMENT_BYTES_MIN, fmt.SEGMENT_BYTES_MAX
+            integer("segment_bytes", segment_bytes, low, high, fmt.PAGE_BYTES)
         if commit_align_bytes is not None and commit_align_bytes not in fmt.ALIGN_CHOICES:
             raise ValueError(f"commit_align_bytes is 0, 512 or 4096; not {commit_align_bytes}")
-        _choice("max_payload_bytes", max_payload_bytes, 0, fmt.PAYLOAD_BYTES_MAX)
-        if sync_interval_ms is not None and not sync_interval_ms > 0:
-            raise ValueError(f"sync_interval_ms is above 0; not {sync_interval_ms}")
-        if readonly and sync_interval_ms is not None:
-            raise ValueError("sync_interval_ms, and readonly: there is nothing to sync")
+        integer("max_payload_bytes", max_payload_bytes, 0, fmt.PAYLOAD_BYTES_MAX)
+        if storage is not None and not isinstance(storage, Directory):
+            raise TypeError(f"storage must be a Directory, such as MemoryDirectory(), not {storage!r}")
         syncs = sync_interval_ms is not None and durability is not Durability.SYNC
-        if syncs and storage is not None and not storage.concurrent:
-            raise ValueError(f"{storage} allows no background thread: no sync_interval_ms there")
+        if sync_interval_ms is not None:
+            _check_interval(sync_interval_ms, readonly, storage if syncs else None)
         directory = storage
         if directory is None:
             directory = SystemDirectory(path, create=create and not readonly)
@@ -138,7 +119,9 @@ class Journal(Reading):
         )  # fmt: skip
         try:
             self._engine, self._reader = _opened(directory, options, verify_reads, readonly)
-        except BaseException:
+        except BaseException as e:
+            if isinstance(e, CorruptionError):
+                e.directory = str(directory)
             if storage is None:
                 directory.close()
             raise
@@ -225,10 +208,7 @@ class Journal(Reading):
         data = self._data(payload)
         length = len(data)
         flags = self._flags
-        if op is None:
-            op = 0
-        else:
-            check_op(op)
+        op = 0 if op is None else check_op(op)
         if replace:
             flags |= lib.MW_REPLACE
         if timestamp is not None:
@@ -388,10 +368,10 @@ class Journal(Reading):
     def drain(self, first: int, last: int) -> DrainedEntries:
         """Takes the ops first .. last out, durably, all or none, and returns those that lived, by op,
         made lazily on mappings held from now on. The watermark moves to `last` only if no live op lies
-        below `first`. ValueError when first > last; other errors as set_snapshot_op(). The space comes
-        back with compact() and when no view holds the mapping."""
-        check_op(first, "first")
-        check_op(last, "last")
+        below `first`: where one does and `last` is the newest op, the next append takes `first` again, and
+        a follower is given that too. ValueError when first > last; other errors as set_snapshot_op(). The
+        space comes back with compact() and when no view holds the mapping."""
+        first, last = check_op(first, "first"), check_op(last, "last")
         if first > last:
             raise ValueError(f"first is {first}, above last, {last}")
         return removal.drain(self._engine, self._reader, first, last)
@@ -416,7 +396,7 @@ class Journal(Reading):
         """Records that the snapshot of this op and checksum is the journal's, and moves the watermark to
         `op`, by one superblock. For SnapshotCoordinator; the snapshot is durable already. Errors as
         set_snapshot_op()."""
-        _choice("checksum", checksum, 0, 2**32 - 1)
+        integer("checksum", checksum, 0, 2**32 - 1)
         removal.set_watermark(self._engine, check_op(op, low=0), checksum=checksum)
 
     def set_user_data(self, data: bytes) -> None:
@@ -559,6 +539,15 @@ class Journal(Reading):
         return backup_open(self._engine, destination, progress)
 
 
+def _check_interval(interval_ms: float, readonly: bool, storage: Directory | None) -> None:
+    if not 0 < interval_ms <= threading.TIMEOUT_MAX * 1000:
+        raise ValueError(f"sync_interval_ms is above 0, and not endless; not {interval_ms}")
+    if readonly:
+        raise ValueError("sync_interval_ms, and readonly: there is nothing to sync")
+    if storage is not None and not storage.concurrent:
+        raise ValueError(f"{storage} allows no background thread: no sync_interval_ms there")
+
+
 def _opened(
     directory: Directory, options: Options, verify_reads: bool, readonly: bool
 ) -> tuple[Engine, Reader]:
@@ -567,14 +556,6 @@ def _opened(
         return observer, ObservingReader(observer, verify_reads=verify_reads)
     engine = Engine(directory, options)
     return engine, Reader(engine, verify_reads=verify_reads)
-
-
-def out_of_range(error: Exception, kind: Any, timestamp: Any) -> Exception:
-    if isinstance(error, TypeError):
-        return TypeError(
-            f"kind and timestamp are ints, not {type(kind).__name__} and {type(timestamp).__name__}"
-        )
-    return ValueError(f"kind is 0 .. {fmt.KIND_MAX}, timestamp 64 bits; not {kind} and {timestamp}")
 
 
 def _abandoned(engine: Engine, reader: Reader, syncing: BackgroundSync) -> None:

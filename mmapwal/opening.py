@@ -60,15 +60,25 @@ class Options:
     progress: Callable[[int, int], None] | None = None
 
 
+def strangers_in(directory: Directory) -> list[str]:
+    """What is there that no journal has."""
+    names = {
+        fmt.LOCK_NAME,
+        fmt.SUPERBLOCK_NAME,
+        fmt.SUPERBLOCK_SPARE_NAME,
+        fmt.INDEX_NAME,
+        fmt.SNAPSHOTS_NAME,
+    }
+    return [n for n in directory.names() if n not in names and not fmt.is_ours(n)]
+
+
 def check_empty(directory: Directory, options: Options) -> None:
     """Whether a journal may be made here."""
-    names = [n for n in directory.names() if n not in {fmt.LOCK_NAME, fmt.SUPERBLOCK_SPARE_NAME}]
-    if any(fmt.is_ours(n) or n == fmt.INDEX_NAME for n in names):
+    if any(fmt.is_ours(n) or n == fmt.INDEX_NAME for n in directory.names()):
         raise CorruptionError(fmt.SUPERBLOCK_NAME, 0, 0, None, "it is gone, but segments or index are there")
     if not options.create:
         raise FileNotFoundError(errno.ENOENT, "no journal here", str(directory))
-    strangers = [n for n in names if n != fmt.SNAPSHOTS_NAME]
-    if strangers:
+    if strangers := strangers_in(directory):
         raise JournalError(f"{directory} holds something else: {', '.join(strangers[:3])}")
 
 

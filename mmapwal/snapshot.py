@@ -8,7 +8,6 @@ always whole, so one that does not verify is damaged, and is never silently pass
 from __future__ import annotations
 
 import contextlib
-import operator
 import os
 import re
 import threading
@@ -23,6 +22,7 @@ from typing_extensions import Buffer
 
 from mmapwal import format as fmt
 from mmapwal._native import ffi, lib
+from mmapwal.arguments import integer
 from mmapwal.errors import (
     ClosedError,
     IncompatibleFormatError,
@@ -60,19 +60,6 @@ class Snapshot(NamedTuple):
 def snapshot_name(op: int) -> str:
     """The file name of the snapshot of `op`."""
     return f"snapshot-{op:020d}"
-
-
-def integer(name: str, value: object, low: int, high: int) -> int:
-    """`value` as an int in low .. high; TypeError for what is no int (a bool too), else ValueError."""
-    if isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, not bool")
-    try:
-        number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(f"{name} must be an int, not {type(value).__name__}") from None
-    if not low <= number <= high:
-        raise ValueError(f"{name} must be {low} .. {high}, not {number}")
-    return number
 
 
 def copy_of(data: Buffer) -> bytes:

@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from mmapwal.cli import append, backup, compact, demo, dump, output, repair, stat, tail, verify
 from mmapwal.cli.opening import CannotRunError
-from mmapwal.errors import CorruptionError, JournalError
+from mmapwal.errors import CorruptionError, JournalError, LockedError
 
 __all__ = ["main"]
 
@@ -74,6 +74,8 @@ def _message(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
         return f"{name}: {error.strerror}" if name else error.strerror
+    if isinstance(error, LockedError):
+        return f"{error}: tail, stat, verify and backup can look at it meanwhile"
     cause = f" ({error.__cause__})" if isinstance(error.__cause__, OSError) else ""
     return f"{error or type(error).__name__}{cause}"
 

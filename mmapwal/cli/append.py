@@ -37,7 +37,7 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--slots",
         type=integer(1, SLOTS_MAX),
-        help="how many entries can be live; fixed when the journal is made",
+        help="how many entries can be live (default 65536); fixed when the journal is made",
     )
     parser.add_argument(
         "--segment-bytes",

@@ -8,24 +8,35 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from mmapwal import Journal, LockedError
 from mmapwal.cli import output
 from mmapwal.cli.looking import look_into
+from mmapwal.cli.opening import open_journal
 
 
 def add(commands: Any) -> None:
     parser = commands.add_parser(
         "stat",
         help="show what a journal holds",
-        description="Shows the journal's counters, and what opening it finds and does: in memory, "
-        "no file is changed. Refuses while another process writes the journal; none can meanwhile.",
+        description="Shows the journal's counters, and what opening it finds and does: in memory, no file "
+        "is changed, and nobody can write it meanwhile. Where another process writes it: what is durable.",
     )
     parser.add_argument("directory", metavar="DIR", type=Path, help="the journal's folder")
-    parser.add_argument("--json", action="store_true", help="one object: journal, stats, report")
+    parser.add_argument(
+        "--json", action="store_true", help="one object: journal, stats, report (null of one that is written)"
+    )
     parser.set_defaults(run=run)
 
 
+def _open(path: Path) -> Journal:
+    try:
+        return look_into(path)
+    except LockedError:
+        return open_journal(path, create=False, readonly=True)
+
+
 def run(args: argparse.Namespace) -> int:
-    with look_into(args.directory) as journal:
+    with _open(args.directory) as journal:
         facts: dict[str, Any] = {
             "path": str(journal.path),
             "uuid": journal.uuid.hex(),
@@ -33,13 +44,13 @@ def run(args: argparse.Namespace) -> int:
             "segment_bytes": journal.segment_bytes,
             "durability": journal.durability,
             "sync_method": journal.sync_method,
-            "remaining_capacity": journal.remaining_capacity,
+            "remaining_capacity": None if journal.readonly else journal.remaining_capacity,
             "paired_snapshot_op": journal.pairing[0] if journal.pairing else None,
         }
-        parts = {
+        parts: dict[str, dict[str, Any] | None] = {
             "journal": facts,
             "stats": dataclasses.asdict(journal.stats()),
-            "report": dataclasses.asdict(journal.report),
+            "report": None if journal.readonly else dataclasses.asdict(journal.report),
         }
     if args.json:
         output.json_line({name: _plain(part) for name, part in parts.items()})
@@ -50,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
         "report": "opening it",
     }
     for name, part in parts.items():
-        output.table(titles[name], [(_name(field), _text(field, v)) for field, v in part.items()])
+        if part is not None:
+            output.table(titles[name], [(_name(field), _text(field, v)) for field, v in part.items()])
     return 0
 
 

@@ -27,7 +27,9 @@ def add(commands: Any) -> None:
         "error and goes on behind them.",
     )
     parser.add_argument("directory", metavar="DIR", type=Path, help="the journal's folder")
-    parser.add_argument("-f", "--follow", action="store_true", help="wait for more; for the journal, too")
+    parser.add_argument(
+        "-f", "--follow", action="store_true", help="wait for more; in a folder, for the journal too"
+    )
     start = parser.add_mutually_exclusive_group()
     start.add_argument(
         "-n", "--entries", metavar="N", type=integer(0, OP_MAX), default=10, help="this many (10)"

@@ -210,7 +210,7 @@ def test_a_journal_that_does_not_open_after_the_crash_makes_the_demo_fail(
     monkeypatch.setattr(demo, "journal_until_killed", crash_and_damage)
     work = tmp_path / "work"
     results = run_demo(capsys, tree, "--dir", work)
-    assert results["differences"][0].startswith("CorruptionError: segment-")
+    assert results["differences"][0].startswith(f"CorruptionError: {work / 'journal'}: segment-")
     assert results["kept_in"] == str(work)
 
 

@@ -26,7 +26,7 @@ LOOKING = {
     "backup": ["backup", "J", "COPY"],
     "repair": ["repair", "--dry-run", "J"],
 }
-IN_USE_REFUSED = {"stat", "dump", "repair"}
+IN_USE_REFUSED = {"dump"}
 WRITER = """
 import os, signal, sys
 from mmapwal import recover

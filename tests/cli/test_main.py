@@ -98,7 +98,7 @@ def test_a_payload_that_the_terminal_cannot_show_is_escaped(tmp_path):
 
 def test_a_journal_that_another_process_writes_exits_2(tmp_path):
     with Journal(tmp_path / "j"):
-        result = mmapwal("stat", str(tmp_path / "j"))
+        result = mmapwal("dump", str(tmp_path / "j"))
     assert result.returncode == 2
     assert result.stdout == b""
     assert b"another process has it open" in result.stderr

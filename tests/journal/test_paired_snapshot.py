@@ -10,7 +10,7 @@ import pytest
 
 from mmapwal import Entry, IncompatibleFormatError, Journal, Problem, SnapshotError, inspect, recover, repair
 from mmapwal.cli import main
-from mmapwal.replica import StateMachine
+from mmapwal.machines import StateMachine
 from mmapwal.storage import SystemDirectory
 
 SIZES = {"slots": 256, "segment_bytes": 65536}

@@ -24,7 +24,7 @@ PACKAGE = ROOT / "mmapwal"
 # comes of it. "mmapwal" is the public face.
 LAYERS = [
     {"_native"},
-    {"errors", "format"},
+    {"errors", "format", "arguments"},
     {"storage", "extras", "filelock", "descriptor", "injected", "aside", "threads"},
     {"segment", "index", "page", "superblock", "columns", "disposal"},
     {
@@ -45,7 +45,7 @@ LAYERS = [
         "walking",
     },
     {"journal", "snapshot", "inspection", "backup", "repair"},
-    {"replica", "aio", "aio_following", "testing"},
+    {"replica", "machines", "aio", "aio_following", "testing"},
     {"mmapwal"},
     {"cli", "integrations", "__main__"},
 ]
