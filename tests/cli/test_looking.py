@@ -26,7 +26,7 @@ LOOKING = {
     "backup": ["backup", "J", "COPY"],
     "repair": ["repair", "--dry-run", "J"],
 }
-IN_USE_REFUSED = {"dump"}
+IN_USE_REFUSED = {"dump", "repair"}
 WRITER = """
 import os, signal, sys
 from mmapwal import recover
