@@ -20,6 +20,7 @@ from mmapwal.engine import Engine
 from mmapwal.errors import CorruptionError
 from mmapwal.segment import Segment, make_segment, native_scan, scan_fields
 from mmapwal.superblock import SegmentRecord
+from mmapwal.turn import refuse_reentry
 
 __all__ = ["compact", "compact_in_turn", "shrinking"]
 
@@ -30,6 +31,7 @@ RUNS = 4096
 def shrinking(engine: Engine) -> Iterator[None]:
     """One shrinking operation at a time; BusyError for the second."""
     engine.check_usable()
+    refuse_reentry(engine.structure)
     with engine.shrinking.hold(wait=False):
         yield
 

@@ -9,7 +9,7 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -38,6 +38,7 @@ from mmapwal.segment import SegmentTable
 from mmapwal.storage import Directory, SyncMethod
 from mmapwal.superblock import Seal, SegmentRecord, Superblock
 from mmapwal.threads import start_thread
+from mmapwal.turn import Turn, refuse_reentry
 
 __all__ = ["Durability", "Engine", "Options"]
 
@@ -52,50 +53,7 @@ STAGES = {
     lib.MW_STAGE_WRITE_SYNC: "the write and sync of a commit",
     lib.MW_STAGE_INDEX: "a store into the index",
 }
-
-
 _DURABILITY = {Durability.SYNC: lib.MW_SYNC, Durability.OS: lib.MW_OS, Durability.BUFFERED: lib.MW_BUFFERED}
-
-
-class Turn:
-    """Whose turn it is to shrink. Held by a token: wherever an interrupt arrives, whoever leaves knows
-    whether it has the turn, and gives it back."""
-
-    def __init__(self) -> None:
-        self._holder: dict[str, tuple[object, int]] = {}
-        self._freed = threading.Condition()
-
-    @contextlib.contextmanager
-    def hold(self, *, wait: bool) -> Iterator[None]:
-        """BusyError when another has it and not `wait`, or when this very thread has it."""
-        me = object()
-        try:
-            self._take(me, wait)
-            yield
-        finally:
-            try:
-                self._release(me)
-            except BaseException:  # an interrupt on its way in
-                self._release(me)
-                raise
-
-    def _take(self, me: object, wait: bool) -> None:
-        mine = (me, threading.get_ident())
-        while self._holder.setdefault("by", mine)[0] is not me:  # one step of the interpreter
-            with self._freed:
-                holder = self._holder.get("by")
-                if holder is None:
-                    continue
-                if not wait or holder[1] == mine[1]:
-                    raise BusyError("another drain, truncate_from, compact or checkpoint is under way")
-                self._freed.wait()
-
-    def _release(self, me: object) -> None:
-        holder = self._holder.get("by")
-        if holder is not None and holder[0] is me:
-            with self._freed:
-                self._holder.pop("by", None)
-                self._freed.notify_all()
 
 
 class Engine:
@@ -106,7 +64,6 @@ class Engine:
         self.options = options
         self.structure = threading.RLock()
         self.shrinking = Turn()
-        self.removing_thread = 0  # who holds back appends: removal._holding()
         self.forked = False
         self.writer: Any = None
         self._poisons: list[tuple[str, BaseException | None]] = []  # the first one counts
@@ -315,14 +272,16 @@ class Engine:
         """Commits `new`, then lets memory follow by `apply`, which takes no lock that the caller may hold.
         The caller holds `structure`.
 
-        OSError: nothing has happened. Any exception after the commit began poisons the journal, since
-        memory and disk may differ then. A signal handler's comes before it or behind it, where the
+        OSError, BusyError: nothing has happened. Any exception after the commit began poisons the journal,
+        since memory and disk may differ then. A signal handler's comes before it or behind it, where the
         directory allows threads.
         """
         if self._settled:
             raise ClosedError("the journal is closed")
         if self.state().poison_stage:
             raise self.poisoned()
+        if new.sequence != self.superblock.sequence:
+            raise BusyError("another change came into this one; nothing has happened")
         work: Callable[[], T] = partial(self._change, new, apply)
         if self.directory.concurrent:
             work = partial(uninterrupted, work)
@@ -447,6 +406,8 @@ class Engine:
     def make_way(self, code: int, frame_bytes: int, op: int) -> None:
         """Does what the C helper cannot do by itself before an append of `frame_bytes` is staged: a segment,
         an epoch, waiting for a removal. Any other result is raised as the error that it is. Blocks."""
+        if code in self.OBSTACLES:
+            refuse_reentry(self.structure)
         if code == lib.MW_E_NEED_SEGMENT:
             self.prepare_segment(frame_bytes)
         elif code == lib.MW_E_NEED_EPOCH:
@@ -454,8 +415,6 @@ class Engine:
             if self.options.durability is Durability.BUFFERED:
                 self.flush()
         elif code == lib.MW_E_BARRIER:
-            if self.removing_thread == threading.get_ident():  # from a signal handler
-                raise BusyError("this thread is removing these ops")
             with self.structure:
                 pass
         else:
@@ -523,7 +482,10 @@ class Engine:
                 lsn=int(state.written_lsn), link=int(state.link), index_crc=self.index.crc(),
                 live=int(state.live), first_op=int(state.first_op), last_op=int(state.last_op),
             )  # fmt: skip
-            new = replace(self.superblock, seal=seal, segments=tuple(self.records_with_ends()))
+            superblock = self.superblock
+            if state.epoch_owed:  # or what failed before would be a frame again where the seal is lost
+                superblock = superblock.with_epoch(seal.lsn)
+            new = replace(superblock, seal=seal, segments=tuple(self.records_with_ends()))
             self.change(new, lambda: None)
         except (OSError, JournalError) as e:
             log.warning("%s was closed without a seal, the next open will scan: %s", self.directory, e)

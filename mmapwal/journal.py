@@ -38,6 +38,7 @@ from mmapwal.recovery import RecoveryReport
 from mmapwal.stats import JournalStats, take_stats
 from mmapwal.storage import Directory, SyncMethod, SystemDirectory
 from mmapwal.syncing import BackgroundSync
+from mmapwal.turn import refuse_reentry
 from mmapwal.verify import VerifyReport
 
 __all__ = ["Journal", "JournalStats"]
@@ -161,9 +162,12 @@ class Journal(Reading):
         waits for appends under way. Twice is fine; in a forked child it does nothing.
 
         OSError or PoisonedError when the last sync fails; the journal is let go nevertheless. One that
-        is poisoned already is let go without a seal and without an error. Views stay right.
+        is poisoned already is let go without a seal and without an error. Views stay right. BusyError, and
+        it stays open, from a signal handler or finaliser that came into a call that is changing the journal:
+        have the handler raise SystemExit, or set a flag, and close it where that is caught.
         """
         if not self._engine.forked:
+            refuse_reentry(self._engine.structure)
             self._syncing.stop()
             self._reader.close(ClosedError("the journal is closed"))
             try:
@@ -187,9 +191,10 @@ class Journal(Reading):
         live needs `replace`. `kind` is 0 .. 32,767; `timestamp` None asks the clock.
 
         Before a byte is written: DuplicateOpError, StaleOpError, JournalFullError (the slot still holds
-        another live op), PayloadTooLargeError, ValueError or TypeError, ExhaustedError, and OSError when
-        there is no space (nothing happened). PoisonedError when the write or sync failed: outcome unknown.
-        ClosedError, ForkedError. Blocks for one sync, which appends of other threads share.
+        another live op), PayloadTooLargeError, ValueError or TypeError, ExhaustedError, BusyError (as in
+        close()), and OSError when there is no space (nothing happened). PoisonedError when the write or sync
+        failed: outcome unknown. ClosedError, ForkedError. Blocks for one sync, which appends of other threads
+        share.
         """
         if (
             op is None
@@ -401,11 +406,12 @@ class Journal(Reading):
 
     def set_user_data(self, data: bytes) -> None:
         """Keeps up to 128 bytes for the user in the superblock (a Raft term and vote), durable at return.
-        ValueError when longer; OSError, ExhaustedError: nothing happened; PoisonedError, ClosedError,
-        ForkedError."""
+        ValueError when longer; OSError, ExhaustedError, BusyError (close()): nothing happened; PoisonedError,
+        ClosedError, ForkedError."""
         if len(data) > fmt.USER_DATA_BYTES_MAX:
             raise ValueError(f"{len(data)} bytes of user data; at most {fmt.USER_DATA_BYTES_MAX} fit")
         self._engine.check_usable()
+        refuse_reentry(self._engine.structure)
         with self._engine.structure:
             self._engine.check_usable()
             self._engine.change(replace(self._engine.superblock, user_data=bytes(data)), lambda: None)

@@ -3,7 +3,6 @@ time; the space is given back by compaction."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,14 +22,12 @@ def _holding(engine: Engine, first: int, last: int) -> Iterator[None]:
     """No append of these ops meanwhile, and all that was appended before is durable."""
     with engine.structure:
         try:  # an interrupt may come right behind any call
-            engine.removing_thread = threading.get_ident()
             lib.mw_writer_barrier(engine.writer, first, last)
             engine.sync()
             engine.start_epoch()  # where one is owed: what failed before shall not outlive its removal
             yield
         finally:
             lib.mw_writer_barrier(engine.writer, 1, 0)
-            engine.removing_thread = 0
 
 
 def prune_removals(superblock: Superblock) -> tuple[Removal, ...]:

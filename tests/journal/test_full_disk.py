@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mmapwal import Durability, Journal, SyncMethod
+from mmapwal import Durability, Journal, SyncMethod, repair
 from mmapwal.testing import Fault, FaultDirectory, When
 
 from .files import Contents, after_kill, contents_of
@@ -117,6 +117,28 @@ def test_a_kill_before_anything_else_was_appended_loses_nothing(
     found = full.killed()
     assert found.pop(1) == (b"one", 0)
     assert found in ({}, {2: (b"no room", 0)})
+
+
+def test_what_failed_is_no_entry_where_a_repair_passes_over_the_seal_of_the_close(
+    open_on: Callable[..., Journal],
+) -> None:
+    """Where not even the superblock found space, the epoch that says so comes with the seal."""
+    full = Full(open_on, when=When.AFTER)
+    for n in range(5):
+        full.journal.append(b"good %d" % n)
+    full.fill()
+    with pytest.raises(OSError, match=NO_SPACE):
+        full.journal.append(b"never happened")
+    full.empty()
+    full.journal.close()
+    disk = full.disk.inner
+    name = next(n for n in disk.names() if n.startswith("segment"))
+    storage = disk.open(name, writable=True)
+    at = bytes(storage.view()).index(b"good 0")
+    storage.write_at(at, b"gone 0")
+    assert repair(disk).dropped
+    with Journal("j", storage=after_kill(disk)) as found:
+        assert contents_of(found) == {n: (b"good %d" % (n - 1), 0) for n in range(2, 6)}
 
 
 @parametrize_when

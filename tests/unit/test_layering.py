@@ -25,7 +25,7 @@ PACKAGE = ROOT / "mmapwal"
 LAYERS = [
     {"_native"},
     {"errors", "format", "arguments"},
-    {"storage", "extras", "filelock", "descriptor", "injected", "aside", "threads"},
+    {"storage", "extras", "filelock", "descriptor", "injected", "aside", "threads", "turn"},
     {"segment", "index", "page", "superblock", "columns", "disposal"},
     {
         "engine",
