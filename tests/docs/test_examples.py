@@ -54,7 +54,7 @@ def commands(code: str) -> list[str]:
 
 
 PYTHON = examples("python")
-SHELL = [e for e in examples("sh", "console") if e.code.startswith("$ mmapwal")]
+SHELL = [e for e in examples("sh", "console") if e.code.startswith(PROMPT)]
 
 
 def run(directory: Path, *command: str) -> None:
