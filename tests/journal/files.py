@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import pytest
 
 from mmapwal import CorruptionError, Journal, MemoryDirectory
 from mmapwal import format as fmt
@@ -174,9 +177,19 @@ def contents_of(journal: Journal) -> Contents:
 
 @contextmanager
 def making_none(journal: Journal) -> Iterator[None]:
-    """No segment is made in the background meanwhile."""
-    with journal._engine.structure:  # none is begun
-        journal._engine._preparer.give_back()  # one that was begun takes its steps without the lock
+    """No segment is made in the background meanwhile. Without the lock: who holds that may change nothing."""
+    preparer = journal._engine._preparer
+    prepare = preparer.prepare
+
+    def prepare_if_asked(*args: Any) -> None:
+        if threading.current_thread() is not preparer._thread:
+            prepare(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preparer, "_ahead", lambda _: time.sleep(0.005))
+        patch.setattr(preparer, "prepare", prepare_if_asked)
+        with journal._engine.structure:  # one that was begun ends here, or with its next step
+            preparer.give_back()
         yield
 
 

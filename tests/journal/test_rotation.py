@@ -28,6 +28,7 @@ from .files import (
     entry_frames,
     frames_of,
     killed,
+    making_none,
     superblock_of,
 )
 from .watched import WAIT_S, Gate, Task, Watched
@@ -201,7 +202,7 @@ def test_a_change_on_a_full_disk_takes_the_space_of_a_segment_in_the_making(
             commit(new)
 
         monkeypatch.setattr(engine._file, "commit", commit_where_there_is_room)
-        with engine.structure:
+        with making_none(journal):
             with pytest.raises(OSError, match="No space"):  # nobody has anything to give back
                 journal.set_snapshot_op(1)
             record = SegmentRecord(99, engine.superblock.next_base_lsn, 12288)
@@ -230,7 +231,7 @@ def test_a_change_on_a_full_disk_is_tried_again_when_the_segment_in_the_making_f
             commit(new)
 
         monkeypatch.setattr(engine._file, "commit", commit_where_nothing_is_in_the_making)
-        with engine.structure:
+        with making_none(journal):
             record = SegmentRecord(99, engine.superblock.next_base_lsn, 12288)
             engine._preparer._making = NewSegment(engine.directory, engine.superblock.uuid, record)
             journal.set_snapshot_op(1)
