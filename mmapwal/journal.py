@@ -537,7 +537,8 @@ class Journal(Reading):
         LockedError while another backup goes to that directory; IncompatibleFormatError when it holds another
         journal, JournalError when it was opened as a journal since, or lies inside this one. OSError: nothing
         has changed for who opens the directory; PoisonedError, ClosedError, ForkedError. `progress(done,
-        total)` in bytes. A Directory that is given is closed.
+        total)` in bytes. A Directory that is given is closed. `readonly`: has what the writer tells to be
+        durable, which after a power cut, before one has opened the journal, may be less than it acknowledged.
         """
         if self.readonly:
             return backup_in_use(self.directory, destination, progress)

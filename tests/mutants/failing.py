@@ -101,8 +101,8 @@ FAILURES = (
             Patch("mmapwal/engine.py", "                self._seal()\n", "            self._seal()\n"),
             Patch(
                 "mmapwal/engine.py",
-                "        if self.state().poison_stage:\n            raise self.poisoned()\n        work:",
-                "        work:",
+                "        if self.state().poison_stage:\n            raise self.poisoned()\n        if new.seq",
+                "        if new.seq",
             ),
         ),
         Method.FAULTS,
