@@ -383,15 +383,25 @@ class MmapJournal(RaftJournal):  # type: ignore[misc]
         self._first = self._last = self._tail = 0
 
     def _truncate_from(self, idx: int) -> None:
-        self.journal.truncate_from(idx)
-        self._unsynced = False  # it syncs first
-        self._look_again()
+        with self._removing():
+            self.journal.truncate_from(idx)
+            self._unsynced = False  # it syncs first
 
     def _forget_through(self, idx: int) -> None:
-        if idx > self.journal.snapshot_op:
-            self.journal.set_snapshot_op(idx)
-            self.journal.compact(wait=False)
-        self._look_again()
+        with self._removing():
+            if idx > self.journal.snapshot_op:
+                self.journal.set_snapshot_op(idx)
+                self.journal.compact(wait=False)
+
+    @contextmanager
+    def _removing(self) -> Iterator[None]:
+        """Looks again also where it raises: the entries may be gone, and only their space not given back."""
+        last = self._last
+        try:
+            yield
+        finally:
+            self._look_again()
+            self._last = min(self._last, last)  # what was removed before stays removed
 
     def _look_again(self) -> None:
         self._first, self._last = self.journal.first_op or 0, self.journal.last_op or 0
@@ -442,10 +452,8 @@ class MmapJournal(RaftJournal):  # type: ignore[misc]
         self.check_usable()
         removed = slice(entryTo, None).indices(len(self))[0]  # as a list, also where it is negative
         if removed and not self._placeholder:
-            last = self._last
             with self._failing():
                 self._forget_through(self._first + removed - 1)
-            self._last = min(self._last, last)
 
     def entry(self, index: int) -> tuple[bytes, int, int]:
         """(command, index, term) of a Raft index."""
@@ -467,10 +475,13 @@ class MmapJournal(RaftJournal):  # type: ignore[misc]
         return index
 
     def entries(self, first: int, last: int) -> list[tuple[bytes, int, int]]:
-        """(command, index, term) of each Raft index from `first` to `last`."""
+        """(command, index, term) of the Raft indices `first` .. `last`. MissingOpError when one is gone."""
         with self._failing():
-            found = enumerate(self.journal.payloads(first, last), first)  # there are no gaps
-            return [(bytes(data[TERM.size :]), index, TERM.unpack_from(data)[0]) for index, data in found]
+            found = enumerate(self.journal.payloads(first, last), first)
+            read = [(bytes(data[TERM.size :]), index, TERM.unpack_from(data)[0]) for index, data in found]
+            if len(read) <= last - first:  # else they are all, and numbered rightly
+                raise MissingOpError(first)  # they go from the front
+            return read
 
     def __getitem__(self, item: Any) -> Any:
         """By position: one is a LogEntry; a slice is a LogSlice, or a list, of one or of not all."""
