@@ -216,6 +216,11 @@ class MmapJournal(RaftJournal):  # type: ignore[misc]
             isinstance(votedForNodeId, str) and _vote_bytes(votedForNodeId)
         ):
             raise ValueError(f"a vote is for the id of a node, or None; not {votedForNodeId!r}")
+        if term > self._term:
+            # The leader is gone that was to send again what it had PySyncObj remove: of that, what does not
+            # conflict was promised, and counts in votes and elections. Also where the node has stopped:
+            # PySyncObj has the new term already, and may vote in it when the node goes on.
+            self._last = self._tail
         self.check_usable()
         self._term, self._vote, self._unsaved = term, votedForNodeId, True
         self.sync()
@@ -334,9 +339,11 @@ class MmapJournal(RaftJournal):  # type: ignore[misc]
         return self._loading == DUMP_ENTRIES
 
     def _add(self, command: bytes, idx: int, term: int) -> None:
-        if self._loading and self._starting and self._has(command, idx, term):
+        if self._loading and self._has(command, idx, term):
             if self._dropped:  # what follows the dump in the log was promised, and stays
                 self._forget_through(idx - 1)
+            if not self._starting:  # but the leader that sent the dump has not compared it
+                self._last = idx
             return
         if self._loading == 1 and self._first < idx <= self._last:  # only the first of the dump is in the log
             self._last = idx - 1
