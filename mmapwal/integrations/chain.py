@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mmapwal import CorruptionError, IncompatibleFormatError, Journal
+from mmapwal import ClosedError, CorruptionError, IncompatibleFormatError, Journal
 from mmapwal.integrations.folders import has_journal, make_folders
 
 LINK_BITS = 40  # of a place, for the op
@@ -42,6 +43,7 @@ class JournalChain:
         self._gate = threading.Condition()  # for who appends, and who starts the next journal
         self._under_way = 0
         self._free = 0
+        self._closed = False
         self._journals: list[Journal] = []
         make_folders(path)
         names = sorted(found.name for found in path.iterdir() if NAME.fullmatch(found.name))
@@ -65,13 +67,18 @@ class JournalChain:
         made = has_journal(self.path / name)
         options = {key: value for key, value in self._options.items() if not (made and key in AT_MAKING)}
         journal = Journal(self.path / name, **options)
-        self._journals.append(journal)
-        if not journal.user_data and journal.last_op is None:  # new, or its maker died right there
-            journal.set_user_data(self._user_data)
-        if journal.user_data != self._user_data:
-            raise IncompatibleFormatError(
-                f"{self.path / name} is kept by {journal.user_data!r}, not by {self._user_data!r}"
-            )
+        try:
+            if not journal.user_data and journal.last_op is None:  # new, or its maker came no further
+                journal.set_user_data(self._user_data)
+            if journal.user_data != self._user_data:
+                raise IncompatibleFormatError(
+                    f"{self.path / name} is kept by {journal.user_data!r}, not by {self._user_data!r}"
+                )
+        except BaseException:
+            with contextlib.suppress(Exception):  # the first error is told
+                journal.close()
+            raise
+        self._journals.append(journal)  # not before its owner is durable: without, no start takes its entries
 
     def append(self, payloads: Sequence[bytes]) -> int:
         """Appends a batch, all or none of it, and returns the place of its last entry. Blocks for a sync,
@@ -89,6 +96,8 @@ class JournalChain:
     def _enter(self, count: int) -> tuple[int, Journal]:
         with self._gate:
             while self._free < count:
+                if self._closed:
+                    raise ClosedError("the journals are closed")
                 if self._under_way:  # one that fails gives its slots back
                     self._gate.wait()
                     continue
@@ -97,6 +106,7 @@ class JournalChain:
                     raise ValueError(f"a batch of {count} entries; a journal has {last.slots} slots")
                 self._free = last.remaining_capacity
                 if self._free < count:
+                    last.append_many(())  # raises where it is poisoned: nothing follows an unknown end
                     self._open(self._name(len(self._journals) + 1))
                     self._free = self._journals[-1].remaining_capacity
             self._free -= count
@@ -130,6 +140,9 @@ class JournalChain:
     def close(self) -> None:
         """Closes all; the first error is raised when all are closed. ClosedError from all else afterwards."""
         errors = []
+        with self._gate:  # none is started any more
+            self._closed = True
+            self._gate.notify_all()
         for journal in self._journals:
             try:
                 journal.close()
