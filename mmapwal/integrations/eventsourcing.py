@@ -124,7 +124,8 @@ class MmapTrackingRecorder(TrackingRecorder):
         self.datastore = datastore
 
     def insert_tracking(self, tracking: Tracking) -> None:
-        """Durable at return. IntegrityError when the id is not above all of that application."""
+        """Durable at return. IntegrityError when the id is not above all of that application; else the
+        errors of EventDatastore."""
         self.datastore.insert((), tracking)
         self.datastore.tidy()
 
