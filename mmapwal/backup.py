@@ -2,6 +2,7 @@
 
 What is copied is all below one durable LSN, and the superblock says that a new epoch starts there, as after a
 recovery that cut there: whatever else a copied file holds is no frame, and damage below is told as damage.
+No file that an earlier backup names is replaced before its superblock is.
 """
 
 from __future__ import annotations
@@ -141,6 +142,8 @@ def _copy_all(moment: _Moment, destination: Directory, progress: Progress | None
     file.next(file.current.with_epoch(moment.durable_lsn))  # refused before anything is copied
     snapshot = moment.snapshot
     destination.sync_parent()
+    if before is not None:
+        _make_certain(before, destination)
     total = sum(record.capacity for record in moment.segments)
     done = copied = kept = 0
     records = []
@@ -149,8 +152,7 @@ def _copy_all(moment: _Moment, destination: Directory, progress: Progress | None
             kept += 1
             records.append(record)
         else:
-            replaces = before is not None and record.name in {r.name for r in before.segments}
-            records.append(_copy(moment, record, segment, destination, replaces=replaces))
+            records.append(_copy(moment, _unnamed(record, before), segment, destination))
             copied += record.file_bytes
         done += record.capacity
         if progress is not None:
@@ -160,6 +162,7 @@ def _copy_all(moment: _Moment, destination: Directory, progress: Progress | None
     _install(moment, records, destination, file)
     if snapshot is not None:
         with _snapshots(destination) as store:
+            store.protected_op = snapshot.op  # not the newest, where the journal went back to an older copy
             store.prune()
     op = None if snapshot is None else snapshot.op
     return BackupReport(moment.durable_lsn, len(records), kept, copied, op)
@@ -174,7 +177,31 @@ def _earlier_backup(moment: _Moment, destination: Directory) -> Superblock | Non
         raise JournalError(
             f"{destination} was opened as a journal: it is no backup any more; give another folder"
         )
+    _check_snapshots(moment, before, destination)
     return before
+
+
+def _check_snapshots(moment: _Moment, before: Superblock | None, destination: Directory) -> None:
+    """JournalError where the file of the snapshot has the name of another that the earlier backup needs."""
+    paired = before.pairing if before is not None else None
+    snapshot = moment.snapshot
+    if paired is None or snapshot is None or paired == (snapshot.op, snapshot.checksum):
+        return
+    if paired[0] == snapshot.op:
+        raise JournalError(
+            f"{destination} holds another snapshot of op {snapshot.op}, of a journal that went on elsewhere "
+            "from an older copy: give another folder, or back up after the next checkpoint"
+        )
+
+
+def _make_certain(before: Superblock, destination: Directory) -> None:
+    """Killed at its end, the earlier backup may not be durable: a power cut brings back the one before it,
+    whose files stay until then. OSError, PoisonedError: the facts are the same in either case."""
+    file = SuperblockFile(destination, before)
+    try:
+        file.commit(before)
+    finally:
+        file.close()
 
 
 def _is_there(record: SegmentRecord, segment: Segment, before: Superblock, destination: Directory) -> bool:
@@ -191,11 +218,16 @@ def _is_there(record: SegmentRecord, segment: Segment, before: Superblock, desti
         return False
 
 
-def _copy(
-    moment: _Moment, record: SegmentRecord, segment: Segment, destination: Directory, *, replaces: bool
-) -> SegmentRecord:
-    """Under its name, durable at return; an earlier backup that names it (`replaces`) finds in the new file
-    all that it had. CorruptionError when it is damaged below the durable LSN."""
+def _unnamed(record: SegmentRecord, before: Superblock | None) -> SegmentRecord:
+    """As which generation a segment is copied: one that the earlier backup does not name, whose file stays as
+    it is. Never below the journal's: a first generation has all its frames, wherever it lies."""
+    if before is None or record.name not in {r.name for r in before.segments}:
+        return record
+    return replace(record, generation=record.generation + 1)
+
+
+def _copy(moment: _Moment, record: SegmentRecord, segment: Segment, destination: Directory) -> SegmentRecord:
+    """As that generation, durable at return. CorruptionError when it is damaged below the durable LSN."""
     scan = scan_segment(segment, moment.superblock, limit_lsn=moment.durable_lsn)
     if scan.stop not in {lib.MW_STOP_LIMIT, lib.MW_STOP_END}:
         raise stop_problem(segment, scan).error()
@@ -205,7 +237,7 @@ def _copy(
     try:
         make_segment(
             destination, moment.superblock.uuid, record, [(fmt.PAGE_BYTES, used)], source=source,
-            sparse=scan.stop == lib.MW_STOP_END, replaces=replaces,
+            sparse=scan.stop == lib.MW_STOP_END,
         )  # fmt: skip
     finally:
         if source is not None:
@@ -240,8 +272,8 @@ def _save(snapshot: Snapshot, destination: Directory, before: Superblock | None)
 
 
 def _superblock_file(moment: _Moment, destination: Directory, before: Superblock | None) -> SuperblockFile:
-    """Of the facts that are copied. The next sequence is that of neither journal."""
-    sequence = max(moment.superblock.sequence, before.sequence if before is not None else 0)
+    """Of the facts that are copied. The next sequence is that of neither journal, nor of _make_certain()."""
+    sequence = max(moment.superblock.sequence, before.sequence + 1 if before is not None else 0)
     copied = replace(moment.superblock, segments=tuple(moment.segments), seal=None, sequence=sequence)
     return SuperblockFile(destination, copied)
 

@@ -535,10 +535,11 @@ class Journal(Reading):
 
         All that is copied is checked: CorruptionError, or SnapshotError, says what is damaged or missing.
         LockedError while another backup goes to that directory; IncompatibleFormatError when it holds another
-        journal, JournalError when it was opened as a journal since, or lies inside this one. OSError: nothing
-        has changed for who opens the directory; PoisonedError, ClosedError, ForkedError. `progress(done,
-        total)` in bytes. A Directory that is given is closed. `readonly`: has what the writer tells to be
-        durable, which after a power cut, before one has opened the journal, may be less than it acknowledged.
+        journal, JournalError when it was opened as a journal since, lies inside this one, or is paired with
+        another snapshot of the same op (this one went on from an older copy). OSError: nothing has changed
+        for who opens the directory; PoisonedError, ClosedError, ForkedError. `progress(done, total)` in
+        bytes. A Directory that is given is closed. `readonly`: has what the writer tells to be durable, which
+        after a power cut, before one has opened the journal, may be less than was acknowledged.
         """
         if self.readonly:
             return backup_in_use(self.directory, destination, progress)

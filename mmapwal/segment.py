@@ -61,18 +61,14 @@ def check_header(data: bytes, uuid: bytes, record: SegmentRecord) -> None:
 
 
 class NewSegment:
-    """A segment file in the making, under a temporary name. For one thread at a time. `replaces`: a
-    superblock names a file of that name already.
+    """A segment file in the making, under a temporary name. For one thread at a time. No superblock
+    names a file of that name yet.
 
-    OSError from any call: discard() it; nothing exists under its name, or nothing that a superblock names,
-    or what was there before, or all of the new.
+    OSError from any call: discard() it; nothing exists under its name, or nothing that a superblock names.
     """
 
-    def __init__(
-        self, directory: Directory, uuid: bytes, record: SegmentRecord, *, replaces: bool = False
-    ) -> None:
+    def __init__(self, directory: Directory, uuid: bytes, record: SegmentRecord) -> None:
         self.record = record
-        self._replaces = replaces
         self._directory = directory
         self._length = record.file_bytes
         self._end = fmt.PAGE_BYTES
@@ -142,19 +138,19 @@ class NewSegment:
         """Nothing is left of it, under a name that is its own."""
         with contextlib.suppress(OSError, AttributeError):  # it may not even have been opened
             self._storage.close()
-        for name in (self._temporary, *(() if self._replaces else (self.record.name,))):
+        for name in (self._temporary, self.record.name):
             with contextlib.suppress(OSError):
                 self._directory.unlink(name)
 
 
 def make_segment(
     directory: Directory, uuid: bytes, record: SegmentRecord, contents: Iterable[tuple[int, Any]] = (), *,
-    sparse: bool = False, source: Storage | None = None, replaces: bool = False,
+    sparse: bool = False, source: Storage | None = None,
 ) -> None:  # fmt: skip
     """Makes the file under its name, durable at return: header, zeros to the end, then `contents`
     (offset, bytes). `sparse` leaves holes instead of zeros; memoryviews are also what `source` has at the
-    same place. Blocks. OSError, and `replaces`: as NewSegment."""
-    making = NewSegment(directory, uuid, record, replaces=replaces)
+    same place. Blocks. OSError: as NewSegment."""
+    making = NewSegment(directory, uuid, record)
     try:
         if sparse:
             making.leave_holes()
