@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mmapwal import format as fmt
-from mmapwal._native import lib
+from mmapwal._native import ffi, lib
 from mmapwal.engine import Engine
 from mmapwal.errors import (
     CorruptionError,
@@ -34,6 +34,7 @@ __all__ = ["BackupReport", "backup_in_use", "backup_open"]
 
 Progress = Callable[[int, int], None]
 LOOKS = 100  # at a journal that changes meanwhile
+COMPARED_BYTES = 1 << 20  # at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,17 +206,33 @@ def _make_certain(before: Superblock, destination: Directory) -> None:
 
 
 def _is_there(record: SegmentRecord, segment: Segment, before: Superblock, destination: Directory) -> bool:
-    """Whether an earlier backup has all of the segment: it had been left for good, and the frame that ends it
-    is the same, which by its link stands for all frames before it."""
+    """Whether an earlier backup has all of the segment: it had been left for good, and holds the same bytes.
+
+    Of the first generation, which has all its frames, the one that ends it stands by its link for all before
+    it. In a later one a gap links on as what it stands for did, whatever that was. OSError."""
     if not record.end_lsn or record not in before.segments:
         return False
     copy = Segment(destination, before.uuid, record)
     end = fmt.PAGE_BYTES + record.end_lsn - record.base_lsn
-    last = slice(end - fmt.FRAME_BYTES, end)
     try:
-        return bytes(copy.view[last]) == bytes(segment.view[last])
+        copy.view  # noqa: B018  # maps it
     except CorruptionError:
         return False
+    start = fmt.PAGE_BYTES if record.generation > 0 else end - fmt.FRAME_BYTES
+    for at in range(start, end, COMPARED_BYTES):
+        length = min(COMPARED_BYTES, end - at)
+        if _read(segment, at, length) != _read(copy, at, length):
+            return False
+    return True
+
+
+def _read(segment: Segment, offset: int, length: int) -> bytearray:
+    """Of its mapping. OSError when the disk fails."""
+    data = bytearray(length)
+    rc = lib.mw_copy_guarded(ffi.from_buffer(data), segment.frames + (offset - fmt.PAGE_BYTES), length)
+    if rc < 0:
+        raise OSError(-rc, "reading the segment failed", segment.record.name)
+    return data
 
 
 def _unnamed(record: SegmentRecord, before: Superblock | None) -> SegmentRecord:

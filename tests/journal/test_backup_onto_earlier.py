@@ -139,6 +139,83 @@ def test_a_power_cut_leaves_a_backup_also_when_the_one_before_failed_at_a_sync_o
 # --- a journal that went on from an older copy ----------------------------------------------------------
 
 
+def text(op: int) -> bytes:
+    return b"%03d" % op + b"." * 400
+
+
+def two_lines(tmp_path: Path) -> Contents:
+    """Tuesday's backup of a journal, and Monday's, which is restored and goes on."""
+    with Journal(tmp_path / "j", **SMALL) as journal:
+        for op in range(1, 61):
+            journal.append(text(op))
+        journal.backup(tmp_path / "monday")
+        journal.drain(2, 20)
+        journal.compact(wait=True)
+        fill(journal, 8, b"tuesday")
+        journal.backup(tmp_path / "tuesday")
+        return contents(journal)
+
+
+def test_a_journal_that_went_back_to_an_older_backup_is_backed_up_whole_onto_the_newer_one(
+    tmp_path: Path,
+) -> None:
+    """Both compacted the same segment to the same generation, and left out other entries of it."""
+    two_lines(tmp_path)
+    with Journal(tmp_path / "monday") as journal:
+        journal.drain(8, 25)
+        journal.compact(wait=True)
+        fill(journal, 8, b"another tuesday")
+        report = journal.backup(tmp_path / "tuesday")
+        assert report.kept_segments < report.segments
+        expected = contents(journal)
+        assert journal.backup(tmp_path / "tuesday").kept_segments > 0
+        third = journal.backup(tmp_path / "tuesday")
+        assert third.kept_segments == third.segments - 1
+    assert restored(tmp_path / "tuesday") == expected
+
+
+def test_segments_of_two_restored_copies_that_differ_in_one_byte_are_not_taken_for_the_same(
+    tmp_path: Path,
+) -> None:
+    """Of the first generation the frame that ends a segment tells, whatever else is the same."""
+    with Journal(tmp_path / "j", **SMALL) as journal:
+        journal.backup(tmp_path / "one")
+        journal.backup(tmp_path / "other")
+    for name, differs in (("one", b"."), ("other", b",")):
+        with Journal(tmp_path / name, clock=lambda: 1) as journal:
+            journal.append_many([text(op) for op in range(1, 21)])
+            journal.append(text(21)[:-1] + differs)
+            for op in range(22, 120):
+                journal.append(text(op))
+            journal.compact()  # its superblock knows where segments end
+            report = journal.backup(tmp_path / "copy")
+            expected = contents(journal)
+    assert report.kept_segments == report.segments - 2 > 1  # all but that one and the last
+    assert restored(tmp_path / "copy") == expected
+
+
+@pytest.mark.parametrize("when", [When.BEFORE, When.AFTER])
+def test_a_backup_of_a_journal_that_went_back_to_an_older_one_leaves_the_newer_one_when_it_fails(
+    tmp_path: Path, when: When
+) -> None:
+    tuesday = two_lines(tmp_path)
+    with Journal(tmp_path / "monday") as journal:
+        journal.drain(8, 25)
+        journal.compact(wait=True)
+        fill(journal, 8, b"another tuesday")
+        now = contents(journal)
+        for fault in every_fault(error=errno.ENOSPC, when=when):
+            copy = tmp_path / f"copy {fault.nth}"
+            shutil.copytree(tmp_path / "tuesday", copy)
+            done = True
+            try:
+                journal.backup(FaultDirectory(SystemDirectory(copy), fault))
+            except (OSError, JournalError):
+                done = False
+            assert restored(copy) in ([now] if done else [tuesday, now])
+            shutil.rmtree(copy)
+
+
 def open_replica(path: Path) -> Any:
     return recover(path, Sum(), **SMALL)
 
