@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mmapwal import format as fmt
-from mmapwal._native import ffi, lib
+from mmapwal._native import lib
 from mmapwal.engine import Engine
 from mmapwal.errors import (
     CorruptionError,
@@ -23,7 +23,7 @@ from mmapwal.errors import (
     SnapshotPersistError,
 )
 from mmapwal.index import published_progress
-from mmapwal.opening import strangers_in
+from mmapwal.opening import refuse_strangers
 from mmapwal.segment import Segment, make_segment
 from mmapwal.snapshot import Snapshot, SnapshotStore, kept_snapshot
 from mmapwal.storage import Directory, Storage, SystemDirectory
@@ -129,8 +129,7 @@ def backup_in_use(
 
 def _back_up(moment: _Moment, destination: Directory, progress: Progress | None) -> BackupReport:
     try:
-        if strangers := strangers_in(destination):
-            raise JournalError(f"{destination} holds something else: {', '.join(strangers[:3])}")
+        refuse_strangers(destination)
         destination.lock(fmt.LOCK_NAME)
         return _copy_all(moment, destination, progress)
     finally:
@@ -186,9 +185,9 @@ def _check_snapshots(moment: _Moment, before: Superblock | None, destination: Di
     """JournalError where the file of the snapshot has the name of another that the earlier backup needs."""
     paired = before.pairing if before is not None else None
     snapshot = moment.snapshot
-    if paired is None or snapshot is None or paired == (snapshot.op, snapshot.checksum):
+    if paired is None or snapshot is None or paired[0] != snapshot.op:
         return
-    if paired[0] == snapshot.op:
+    if paired[1] != snapshot.checksum:
         raise JournalError(
             f"{destination} holds another snapshot of op {snapshot.op}, of a journal that went on elsewhere "
             "from an older copy: give another folder, or back up after the next checkpoint"
@@ -221,18 +220,9 @@ def _is_there(record: SegmentRecord, segment: Segment, before: Superblock, desti
     start = fmt.PAGE_BYTES if record.generation > 0 else end - fmt.FRAME_BYTES
     for at in range(start, end, COMPARED_BYTES):
         length = min(COMPARED_BYTES, end - at)
-        if _read(segment, at, length) != _read(copy, at, length):
+        if segment.copy(at, length) != copy.copy(at, length):
             return False
     return True
-
-
-def _read(segment: Segment, offset: int, length: int) -> bytearray:
-    """Of its mapping. OSError when the disk fails."""
-    data = bytearray(length)
-    rc = lib.mw_copy_guarded(ffi.from_buffer(data), segment.frames + (offset - fmt.PAGE_BYTES), length)
-    if rc < 0:
-        raise OSError(-rc, "reading the segment failed", segment.record.name)
-    return data
 
 
 def _unnamed(record: SegmentRecord, before: Superblock | None) -> SegmentRecord:

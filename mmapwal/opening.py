@@ -60,8 +60,8 @@ class Options:
     progress: Callable[[int, int], None] | None = None
 
 
-def strangers_in(directory: Directory) -> list[str]:
-    """What is there that no journal has."""
+def refuse_strangers(directory: Directory) -> None:
+    """JournalError where something is there that no journal has."""
     names = {
         fmt.LOCK_NAME,
         fmt.SUPERBLOCK_NAME,
@@ -69,7 +69,9 @@ def strangers_in(directory: Directory) -> list[str]:
         fmt.INDEX_NAME,
         fmt.SNAPSHOTS_NAME,
     }
-    return [n for n in directory.names() if n not in names and not fmt.is_ours(n)]
+    strangers = [n for n in directory.names() if n not in names and not fmt.is_ours(n)]
+    if strangers:
+        raise JournalError(f"{directory} holds something else: {', '.join(strangers[:3])}")
 
 
 def check_empty(directory: Directory, options: Options) -> None:
@@ -78,8 +80,7 @@ def check_empty(directory: Directory, options: Options) -> None:
         raise CorruptionError(fmt.SUPERBLOCK_NAME, 0, 0, None, "it is gone, but segments or index are there")
     if not options.create:
         raise FileNotFoundError(errno.ENOENT, "no journal here", str(directory))
-    if strangers := strangers_in(directory):
-        raise JournalError(f"{directory} holds something else: {', '.join(strangers[:3])}")
+    refuse_strangers(directory)
 
 
 def check_sizes(directory: Directory, superblock: Superblock, options: Options) -> None:

@@ -441,11 +441,7 @@ def rewrite_unproven(
 
 def _checked_copy(segment: Segment, start: int, end: int, superblock: Superblock) -> bytearray | None:
     """The bytes between two LSNs; None unless they are whole frames. OSError."""
-    copy = bytearray(end - start)
-    source = ffi.cast("const uint8_t *", segment.frames) + (start - segment.record.base_lsn)
-    rc = lib.mw_copy_guarded(ffi.from_buffer(copy), source, len(copy))
-    if rc < 0:
-        raise OSError(-rc, "reading the segment failed", segment.record.name)
+    copy = segment.copy(fmt.PAGE_BYTES + start - segment.record.base_lsn, end - start)
     if len(copy) < fmt.FRAME_BYTES:
         return None
     first = np.frombuffer(copy, fmt.FRAME, 1)[0]

@@ -235,6 +235,14 @@ class Segment:
         self.view  # noqa: B018  # maps it
         return self._address + fmt.PAGE_BYTES
 
+    def copy(self, offset: int, length: int) -> bytearray:
+        """Bytes of its mapping. OSError when the disk fails."""
+        data = bytearray(length)
+        rc = lib.mw_copy_guarded(ffi.from_buffer(data), self.frames + (offset - fmt.PAGE_BYTES), length)
+        if rc < 0:
+            raise OSError(-rc, "reading the segment failed", self.record.name)
+        return data
+
     def unmap(self) -> None:
         """Lets go of the mapping; the next view makes a new one."""
         with self._guard:

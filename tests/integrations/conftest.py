@@ -1,9 +1,10 @@
-"""A small disk for one of many."""
+"""A small disk for one of many; a clock that goes on by hand."""
 
 from __future__ import annotations
 
 import os
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,3 +25,17 @@ def mount_tmpfs(require: Callable[[object, str], None]) -> Iterator[Callable[[Pa
     yield mount
     for path in mounted:
         subprocess.run(["umount", path], check=True)
+
+
+class Clock:
+    """A Raft log's, which goes on by hand."""
+
+    def __init__(self) -> None:
+        self.now_s = time.monotonic()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("mmapwal.integrations.raft_log.time.monotonic", lambda: clock.now_s)
+    return clock

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import logging
 import pickle
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,8 @@ from mmapwal import (
 )
 from mmapwal.integrations.pysyncobj import JournalFailedError, MmapJournal
 from mmapwal.testing import Call, CrashDisk, InterposedDirectory, assert_crash_safe
+
+from .conftest import Clock
 
 SMALL = {"slots": 256, "segment_bytes": 65536}
 
@@ -433,20 +434,6 @@ def test_while_the_log_cannot_be_made_durable_everything_refuses_and_says_why(
     assert log.failure is not None
     directory.fails = set()
     log._destroy()
-
-
-class Clock:
-    """The log's, which goes on by hand."""
-
-    def __init__(self) -> None:
-        self.now_s = time.monotonic()
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr("mmapwal.integrations.raft_log.time.monotonic", lambda: clock.now_s)
-    return clock
 
 
 def test_the_node_goes_on_when_space_has_returned_and_not_before(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,8 @@ from mmapwal import MemoryDirectory, MissingOpError
 from mmapwal.integrations.pysyncobj import JournalFailedError, MmapJournal, use_mmapwal
 from mmapwal.testing import Call, InterposedDirectory
 
+from .conftest import Clock
+
 SMALL = {"slots": 256, "segment_bytes": 16384}
 
 
@@ -34,20 +35,6 @@ def add_all(log: MmapJournal, added: list[tuple[bytes, int, int]]) -> None:
 
 def listed(log: Any) -> list[tuple[bytes, int, int]]:
     return [tuple(entry) for entry in log[:]]
-
-
-class Clock:
-    """The log's, which goes on by hand."""
-
-    def __init__(self) -> None:
-        self.now_s = time.monotonic()
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr("mmapwal.integrations.raft_log.time.monotonic", lambda: clock.now_s)
-    return clock
 
 
 class FullDirectory(InterposedDirectory):
