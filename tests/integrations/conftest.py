@@ -1,4 +1,4 @@
-"""A small disk for one of many; a clock that goes on by hand."""
+"""A small disk for one of many; a clock that goes on by hand; datastores of events."""
 
 from __future__ import annotations
 
@@ -7,8 +7,13 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from mmapwal.integrations.event_datastore import EventDatastore
+
+from .datastores import SMALL
 
 
 @pytest.fixture
@@ -39,3 +44,16 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr("mmapwal.integrations.raft_log.time.monotonic", lambda: clock.now_s)
     return clock
+
+
+@pytest.fixture
+def open_store(tmp_path: Path) -> Iterator[Callable[..., EventDatastore]]:
+    opened: list[EventDatastore] = []
+
+    def open_(**options: Any) -> EventDatastore:
+        opened.append(EventDatastore(tmp_path / "events", **SMALL | options))
+        return opened[-1]
+
+    yield open_
+    for store in opened:
+        store.close()
