@@ -1,6 +1,6 @@
 """A copy of a journal while it is in use, which opens by itself.
 
-What is copied is all below one durable LSN, and the superblock says that a new epoch starts there, as after a
+What is copied is all below one LSN, and the superblock says that a new epoch starts there, as after a
 recovery that cut there: whatever else a copied file holds is no frame, and damage below is told as damage.
 No file that an earlier backup names is replaced before its superblock is.
 """
@@ -8,7 +8,8 @@ No file that an earlier backup names is replaced before its superblock is.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,7 +25,8 @@ from mmapwal.errors import (
 )
 from mmapwal.index import published_progress
 from mmapwal.opening import refuse_strangers
-from mmapwal.segment import Segment, make_segment
+from mmapwal.recovery import REFUSED, decide, refuse, scan_journal
+from mmapwal.segment import Segment, SegmentTable, make_segment
 from mmapwal.snapshot import Snapshot, SnapshotStore, kept_snapshot
 from mmapwal.storage import Directory, Storage, SystemDirectory
 from mmapwal.superblock import SegmentRecord, Superblock, SuperblockFile, read_superblock
@@ -39,7 +41,7 @@ COMPARED_BYTES = 1 << 20  # at once
 
 @dataclass(frozen=True, slots=True)
 class BackupReport:
-    """What a backup holds: all that was durable below `durable_lsn`. `kept_segments` were there already;
+    """What a backup holds: all below `durable_lsn`, and durably. `kept_segments` were there already;
     `snapshot_op` is of the paired snapshot that was copied too, None when there is none."""
 
     durable_lsn: int
@@ -72,28 +74,34 @@ class _Moment:
         return cls(directory, superblock, wanted, durable_lsn, snapshot)
 
 
-def _target(source: Directory, destination: str | os.PathLike[str] | Directory) -> Directory:
-    """Made if missing, but for one inside the source: JournalError, the folder is the journal's alone."""
+@contextmanager
+def _target(source: Directory, destination: str | os.PathLike[str] | Directory) -> Iterator[Directory]:
+    """Made if missing, but for one inside the source: JournalError, the folder is the journal's alone.
+    Closed in the end."""
     if isinstance(source, SystemDirectory) and isinstance(destination, str | os.PathLike | SystemDirectory):
         path = destination.path if isinstance(destination, SystemDirectory) else Path(destination)
         if source.path.resolve() in path.resolve().parents:
             raise JournalError(f"{path} is inside {source}: a backup of a journal lies elsewhere")
-    return SystemDirectory(destination) if isinstance(destination, str | os.PathLike) else destination
+    target = SystemDirectory(destination) if isinstance(destination, str | os.PathLike) else destination
+    try:
+        yield target
+    finally:
+        target.close()
 
 
 def backup_open(
     engine: Engine, destination: str | os.PathLike[str] | Directory, progress: Progress | None = None
 ) -> BackupReport:
     """Of a journal of this process: all that was appended before the call. See Journal.backup()."""
-    target = _target(engine.directory, destination)
-    engine.sync()
-    with engine.structure:
-        engine.check_usable()
-        superblock, durable_lsn = engine.superblock, int(engine.state().durable_lsn)
-        present = {segment.record.id: segment for segment in engine.segments.table.segments}
-        segments = {record: present[record.id] for record in engine.records_with_ends()}
-        moment = _Moment.take(engine.directory, superblock, segments, durable_lsn)
-    return _back_up(moment, target, progress)
+    with _target(engine.directory, destination) as target:
+        engine.sync()
+        with engine.structure:
+            engine.check_usable()
+            superblock, durable_lsn = engine.superblock, int(engine.state().durable_lsn)
+            present = {segment.record.id: segment for segment in engine.segments.table.segments}
+            segments = {record: present[record.id] for record in engine.records_with_ends()}
+            moment = _Moment.take(engine.directory, superblock, segments, durable_lsn)
+        return _back_up(moment, target, progress)
 
 
 def backup_in_use(
@@ -101,42 +109,51 @@ def backup_in_use(
     destination: str | os.PathLike[str] | Directory,
     progress: Progress | None = None,
 ) -> BackupReport:
-    """Of a journal that another process is writing: all that is durable. Takes no lock there and changes
-    nothing.
+    """Of a journal that another process is writing, or has just begun to recover: all that a recovery would
+    find. Takes no lock there and changes nothing.
 
-    FileNotFoundError when no journal is there; JournalError when it says nothing of what is durable, so that
-    nobody can be writing it: open it and use Journal.backup(). Else as that.
+    FileNotFoundError when no journal is there; JournalError when it changes faster than it can be looked at.
+    Else as Journal.backup().
     """
-    target = _target(directory, destination)
+    with _target(directory, destination) as target:
+        return _back_up(_moment_in_use(directory), target, progress)
+
+
+def _moment_in_use(directory: Directory) -> _Moment:
     for _ in range(LOOKS):
         superblock = read_superblock(directory)
         if superblock is None:
             raise FileNotFoundError(2, "no journal here", str(directory))
         _, durable_lsn = published_progress(directory, superblock.uuid, superblock.slot_count)
-        if not durable_lsn:
-            raise JournalError(f"{directory}: its index page says nothing of what is durable")
         segments = {r: Segment(directory, superblock.uuid, r) for r in superblock.segments}
         try:
-            moment = _Moment.take(directory, superblock, segments, durable_lsn)
+            end_lsn = _chain_end(superblock, segments.values(), durable_lsn)
+            moment = _Moment.take(directory, superblock, segments, end_lsn)
         except (CorruptionError, SnapshotError):
             if read_superblock(directory) == superblock:
                 raise
             continue  # a segment or the snapshot has gone meanwhile
         if read_superblock(directory) == superblock:
-            return _back_up(moment, target, progress)
+            return moment
     raise JournalError(f"{directory} changed {LOOKS} times while it was looked at")
 
 
+def _chain_end(superblock: Superblock, segments: Iterable[Segment], durable_lsn: int) -> int:
+    """Where a recovery would find the tail. After a power cut the index page may be an older one, until the
+    journal is recovered; what was written and is not durable yet counts too. CorruptionError, OSError."""
+    proven_lsn = max(durable_lsn, superblock.proven_lsn)
+    table = SegmentTable(s for s in segments if s.record.next_base_lsn > proven_lsn)
+    found = scan_journal(table, superblock, proven_lsn)
+    if decide(found.finding) in REFUSED:  # or the writer was between two frames of it
+        again = scan_journal(table, superblock, proven_lsn)
+        if again.tail_lsn == found.tail_lsn and (row := decide(again.finding)) in REFUSED:
+            raise refuse(row, again, table)
+    return found.tail_lsn
+
+
 def _back_up(moment: _Moment, destination: Directory, progress: Progress | None) -> BackupReport:
-    try:
-        refuse_strangers(destination)
-        destination.lock(fmt.LOCK_NAME)
-        return _copy_all(moment, destination, progress)
-    finally:
-        destination.close()
-
-
-def _copy_all(moment: _Moment, destination: Directory, progress: Progress | None) -> BackupReport:
+    refuse_strangers(destination)
+    destination.lock(fmt.LOCK_NAME)
     before = _earlier_backup(moment, destination)
     file = _superblock_file(moment, destination, before)
     file.next(file.current.with_epoch(moment.durable_lsn))  # refused before anything is copied

@@ -538,8 +538,8 @@ class Journal(Reading):
         journal, JournalError when it was opened as a journal since, lies inside this one, or is paired with
         another snapshot of the same op (this one went on from an older copy). OSError: nothing has changed
         for who opens the directory; PoisonedError, ClosedError, ForkedError. `progress(done, total)` in
-        bytes. A Directory that is given is closed. `readonly`: has what the writer tells to be durable, which
-        after a power cut, before one has opened the journal, may be less than was acknowledged.
+        bytes. A Directory that is given is closed. `readonly`: has what a recovery would find, also while
+        another process recovers; JournalError when the journal changes faster than it can be looked at.
         """
         if self.readonly:
             return backup_in_use(self.directory, destination, progress)

@@ -17,7 +17,7 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "backup",
         help="copy a journal, also one that is in use",
-        description="Copies all that is durable, and the paired snapshot, to a directory that opens by "
+        description="Copies all entries, and the paired snapshot, to a directory that opens by "
         "itself. A journal that another process writes is copied beside it; any other one is opened, and "
         "recovered, in memory first: none of its files is changed. A directory that has an earlier backup "
         "takes what is new, unless it was opened since to write: stat, dump, tail and verify only look.",

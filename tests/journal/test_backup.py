@@ -501,15 +501,3 @@ def test_a_backup_into_the_journal_itself_is_refused_and_nothing_is_made(tmp_pat
         with pytest.raises(JournalError, match="is inside"):
             journal.backup(SystemDirectory(tmp_path / "j" / "sub"))
     assert main(["backup", str(tmp_path / "j"), str(tmp_path / "j" / "sub")]) == 2
-
-
-def test_a_journal_that_nobody_writes_says_nothing_of_what_is_durable_and_has_to_be_opened(
-    tmp_path: Path,
-) -> None:
-    with Journal(tmp_path / "j", **SMALL) as journal:
-        fill(journal, 10)
-    (tmp_path / "j" / "index").unlink()
-    target = MemoryDirectory()
-    with SystemDirectory(tmp_path / "j") as source, pytest.raises(JournalError, match="says nothing"):
-        backup_in_use(source, target)
-    assert target.names() == []
