@@ -9,7 +9,7 @@ import os
 import struct
 import time
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,8 @@ SLOTS = 1 << 20
 SLOTS_MIN = 64
 RESERVE = 16  # slots that commands leave: each new leader needs one, or it could commit nothing
 RETRY_S = 1.0
-READ_AHEAD = 64
+READ_AHEAD_MIN, READ_AHEAD_MAX = 8, 4096
+UNPACKERS_MAX = 1024
 DUMP_ENTRIES = 2  # the last two that a dump covers: they stand in the log, which is never empty
 
 TERM = struct.Struct("<Q")  # before the command, in each entry
@@ -70,6 +71,16 @@ def _vote_bytes(node_id: str) -> bytes:
     """Of the vote only that there was one matters after a restart, so a long id may be told by its digest."""
     name = node_id.encode()
     return name if len(name) <= VOTE_BYTES_MAX else _digest(node_id).hex().encode()
+
+
+class _Unpackers(dict[int, Callable[[memoryview], tuple[int, bytes]]]):
+    """By the length of a payload: what takes it apart. In half the time of two steps."""
+
+    def __missing__(self, length: int) -> Callable[[memoryview], tuple[int, bytes]]:
+        if len(self) >= UNPACKERS_MAX:
+            self.clear()
+        unpack: Any = struct.Struct(f"<Q{length - TERM.size}s").unpack
+        return self.setdefault(length, unpack)
 
 
 class LogEntry:
@@ -118,7 +129,7 @@ class LogSlice(Sequence[Any]):
 
     def _up_to(self, count: int) -> list[tuple[bytes, int, int]]:
         if len(self._read) < count:
-            more = max(count, min(READ_AHEAD + 2 * len(self._read), self._count))
+            more = max(count, min(max(self._log.read_ahead, 2 * len(self._read)), self._count))
             self._read += self._log.entries(self._first + len(self._read), self._first + more - 1)
         return self._read
 
@@ -130,11 +141,15 @@ class LogSlice(Sequence[Any]):
         if isinstance(places, int):
             return self._read[places] if places < len(self._read) else self._log.entry(self._first + places)
         found = self._up_to(max(places, default=-1) + 1)
+        self._log.expect(len(places))
         return [found[place] for place in places]
 
     def __iter__(self) -> Iterator[tuple[bytes, int, int]]:
-        for place in range(self._count):
-            yield self._up_to(place + 1)[place]
+        place = 0
+        while place < self._count:
+            read = self._up_to(place + 1)
+            yield from read[place:]
+            place = len(read)
 
     def __eq__(self, other: object) -> bool:
         return list(self) == list(other) if isinstance(other, (list, LogSlice)) else NotImplemented
@@ -174,6 +189,8 @@ class MmapJournal(RaftJournal):  # type: ignore[misc]
         self._starting = True  # until the dump was loaded
         self._loading = 0  # how many entries of a dump are to come
         self._placeholder: tuple[bytes, int, int] | None = None
+        self._unpack = _Unpackers()
+        self.read_ahead = READ_AHEAD_MIN
         try:
             self._read_state()
         except BaseException:
@@ -485,17 +502,39 @@ class MmapJournal(RaftJournal):  # type: ignore[misc]
         """(command, index, term) of the Raft indices `first` .. `last`. MissingOpError when one is gone."""
         with self._failing():
             found = enumerate(self.journal.payloads(first, last), first)
-            read = [(bytes(data[TERM.size :]), index, TERM.unpack_from(data)[0]) for index, data in found]
+            unpack = self._unpack
+            read = [
+                (command, index, term)
+                for index, data in found
+                for term, command in (unpack[len(data)](data),)
+            ]
             if len(read) <= last - first:  # else they are all, and numbered rightly
                 raise MissingOpError(first)  # they go from the front
             return read
+
+    def expect(self, count: int) -> None:
+        """So many entries found room in a message; of the next one some more than that are read at once."""
+        self.read_ahead = min(max(READ_AHEAD_MIN, count + count // 16), READ_AHEAD_MAX)
 
     def __getitem__(self, item: Any) -> Any:
         """By position: one is a LogEntry; a slice is a LogSlice, or a list, of one or of not all."""
         if self._failure is not None:
             self.check_usable()
-        if item == -1 and self._last >= self._first > 0 and not self._dropped:
-            return LogEntry(self, self._last)
+        first, last = self._first, self._last
+        if last >= first > 0 and self._loading != DUMP_ENTRIES:  # what a leader asks of each entry, at once
+            if item == -1:
+                return LogEntry(self, last)
+            if item == 0:
+                return LogEntry(self, first)
+            if type(item) is slice:
+                start, stop = item.start, item.stop
+                if (
+                    item.step is None
+                    and type(start) is int
+                    and 0 <= start <= last - first
+                    and stop == start + 1
+                ):
+                    return [LogEntry(self, first + start)]
         places = range(len(self))[item]  # IndexError, as a list
         if isinstance(places, int):
             return self._placeholder or LogEntry(self, self._first + places)
