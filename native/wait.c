@@ -1,5 +1,4 @@
-/* Waiting for a commit: whoever finds nobody leading leads, the others follow. A leader that had company at
- * the last commit waits for it a little, so that one sync serves more of them.
+/* Waiting for a commit: whoever finds nobody leading leads, the others follow.
  *
  * Followers sleep on a word of their group (futex(2)), and one that was told returns without the mutex: as
  * many threads as a sync serves would otherwise queue for it just when the next group is to be staged. */
@@ -10,12 +9,6 @@
 #include <unistd.h>
 
 #include "writer.h"
-
-enum {
-    COMPANY_MIN = 3,            /* two that take turns lose more by waiting than they gain */
-    PAUSE_NS = 20000,           /* nobody new for so long: the others are not about to come */
-    SKIP_MIN = 4, SKIP_MAX = 64 /* commits that do not wait, after one that waited in vain */
-};
 
 static void sleep_on(uint32_t *word, uint32_t seen) {
     syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0); /* whatever it says, who sleeps looks again */
@@ -46,33 +39,9 @@ void finish(struct mw_writer *w, struct group *g, uint64_t end_lsn, int result) 
     }
     if (told == 0) return;
     g->waiter_count -= told;
+    w->served += told;
     w->company = told + w->open->waiter_count;
     wake(g, INT_MAX);
-}
-
-/* The leader waits until as many have staged as were there at the last commit: at most twice as long as that
- * took, and not when nobody comes for a while. */
-static void await_company(struct mw_writer *w) {
-    if (w->config.durability != MW_SYNC || w->company < COMPANY_MIN) return;
-    if (w->company_skip > 0) {
-        w->company_skip--;
-        return;
-    }
-    uint64_t now = monotonic_ns(), end = now + 2 * w->commit_ns;
-    uint32_t here = 0;
-    while (check_usable(w) == 0 && now < end && here < w->open->waiter_count && w->open->waiter_count < w->company) {
-        here = w->open->waiter_count;
-        uint64_t until = end - now < PAUSE_NS ? end : now + PAUSE_NS;
-        struct timespec t = {(time_t)(until / 1000000000u), (long)(until % 1000000000u)};
-        pthread_cond_timedwait(&w->joined, &w->mutex, &t);
-        now = monotonic_ns();
-    }
-    if (w->open->waiter_count >= w->company) {
-        w->company_miss = 0;
-    } else {
-        w->company_miss = w->company_miss == 0 ? SKIP_MIN : w->company_miss < SKIP_MAX ? w->company_miss * 2 : SKIP_MAX;
-        w->company_skip = w->company_miss;
-    }
 }
 
 /* By turns to one who waits to lead for a reason of his own (sync, rotation), and to who has staged meanwhile: among
@@ -108,6 +77,7 @@ int wait_durable(struct mw_writer *w) {
             w->leading = true;
             await_company(w);
             if (!me.done) commit_next(w); /* tells everyone whose entries it took, me too */
+            learn_company(w);
             step_down(w);
         }
     }

@@ -16,6 +16,7 @@
 #include "mmapwal.h"
 
 enum { TARGETS = 4, PARTS = TARGETS, OUTCOMES = MW_OUTCOMES };
+enum { HABITS = 6 };
 
 struct part {                  /* the frames of a group that lie in one segment */
     uint64_t target;           /* number of the target, counted from the first ever */
@@ -40,6 +41,16 @@ struct group {
     struct waiter *waiters;
     uint32_t turn;             /* changes when its waiters are told, or one shall lead */
     uint32_t sleeping;         /* how many may sleep on it, at most: none was woken since */
+};
+
+struct habit {                 /* of leaders, where so many are about */
+    bool waits;                /* for them, or commits at once */
+    bool tries;                /* the other way than before, */
+    uint64_t before;           /* which served so many a second */
+    uint32_t left;             /* commits until this way is judged */
+    uint32_t stay;             /* commits until another trial */
+    uint64_t served, ns;       /* this way, lately */
+    uint64_t usual_ns;         /* from one commit to the next */
 };
 
 struct mw_writer {
@@ -69,8 +80,11 @@ struct mw_writer {
     uint8_t *pending;          /* a bit for each slot that a staged entry will take */
 
     uint32_t company;          /* how many waited at the last commit: served, or staged meanwhile */
-    uint32_t company_miss, company_skip; /* commits that do not wait, after one that waited in vain; left of them */
+    uint32_t about;            /* as many lately, times FADE */
     uint64_t commit_ns;        /* what the last one took */
+    uint32_t served;           /* how many were told since the last lesson, and when that was */
+    uint64_t learned_ns;
+    struct habit habits[HABITS];
 
     /* committer.c */
     pthread_t committer;
@@ -103,6 +117,8 @@ void align_stage(struct mw_writer *w);
 bool segment_wanted(const struct mw_writer *w);
 
 int wait_durable(struct mw_writer *w);
+void await_company(struct mw_writer *w);
+void learn_company(struct mw_writer *w);
 void finish(struct mw_writer *w, struct group *g, uint64_t end_lsn, int result);
 void step_down(struct mw_writer *w);
 
