@@ -11,7 +11,7 @@ import weakref
 from asyncio import InvalidStateError
 from asyncio import _get_running_loop as _running_loop  # None where none runs, instead of an error
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from threading import get_ident
 from types import TracebackType
@@ -22,7 +22,7 @@ from typing_extensions import Buffer
 from mmapwal import format as fmt
 from mmapwal._native import ffi, lib
 from mmapwal.aio_following import AsyncFollowing, Ringer
-from mmapwal.arguments import check_kind, check_op, out_of_range
+from mmapwal.arguments import check_kind, check_op, kinds_column, out_of_range
 from mmapwal.engine import Engine
 from mmapwal.errors import (
     BusyError,
@@ -148,13 +148,16 @@ class AsyncJournal:
         return self._request(data, LENGTH.pack(len(data)), 0, fmt.frame_bytes(len(data)), op=op, kind=kind)
 
     def append_many(
-        self, payloads: Iterable[Buffer], *, first_op: int | None = None, kind: int = 0
-    ) -> Awaitable[range]:
+        self, payloads: Iterable[Buffer], *, first_op: int | None = None, kind: int = 0,
+        kinds: Sequence[int] | None = None,
+    ) -> Awaitable[range]:  # fmt: skip
         """Stages entries with consecutive ops as one batch, all or none; the awaitable gives their ops. An
         empty batch writes nothing. Bounded as Journal.append_many(), else as append()."""
         joined, lengths, even, count, total = self.journal._join(payloads)
         if count:
-            return self._request(joined, lengths, count, total, op=first_op, kind=kind, even=even)
+            return self._request(
+                joined, lengths, count, total, op=first_op, kind=kind, kinds=kinds, even=even
+            )
         loop = self._start()
         self._engine.check_usable()
         first = int(self._engine.state().next_op) if first_op is None else check_op(first_op, "first_op")
@@ -171,15 +174,17 @@ class AsyncJournal:
         *,
         op: int | None,
         kind: int,
+        kinds: Sequence[int] | None = None,
         even: int = 0,
     ) -> asyncio.Future[Any]:
         """What is no common case goes by the queue, which is empty most of the time."""
         loop = self._start()
         first = 0 if op is None else check_op(op)
         check_kind(kind)
+        column = ffi.NULL if kinds is None else kinds_column(kinds, kind, batch)
         timestamp = 0 if self._clock is None else self._clock()
         args = (
-            data, lengths, batch or 1, first, kind, timestamp, self._flags | even
+            data, lengths, column, batch or 1, first, kind, timestamp, self._flags | even
         )  # fmt: skip
         request = _Request(loop.create_future(), args, batch, frame_bytes, first)
         self._backlog.append(request)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 from mmapwal import format as fmt
+from mmapwal._native import ffi
 
-__all__ = ["check_kind", "check_op", "integer", "out_of_range"]
+__all__ = ["check_kind", "check_op", "integer", "kinds_column", "out_of_range"]
 
 
 def integer(name: str, value: object, low: int, high: int, multiple: int = 1) -> int:
@@ -33,6 +35,21 @@ def check_kind(kind: object) -> None:
     """ValueError or TypeError, as C would have it: an int itself."""
     if type(kind) is not int or not 0 <= kind <= fmt.KIND_MAX:
         raise out_of_range(TypeError() if not isinstance(kind, int) else ValueError(), kind, 0)
+
+
+def kinds_column(kinds: Sequence[int], kind: int, count: int) -> Any:
+    """The kinds of a batch, one each, for C. ValueError, TypeError; also with one for all besides."""
+    if kind != 0:
+        raise ValueError(f"kind={kind!r} is for all entries, and kinds has one each: give one of the two")
+    if len(kinds) != count:
+        raise ValueError(f"{len(kinds)} kinds for {count} payloads")
+    try:
+        column = ffi.new("uint16_t[]", list(kinds))
+    except (OverflowError, TypeError) as e:
+        raise out_of_range(e, kinds, None) from None
+    if max(column, default=0) > fmt.KIND_MAX:
+        raise out_of_range(ValueError(), kinds, None)
+    return column
 
 
 def out_of_range(error: Exception, kind: Any, timestamp: Any) -> Exception:

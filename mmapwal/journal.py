@@ -19,7 +19,7 @@ from typing_extensions import Buffer
 from mmapwal import compaction, removal
 from mmapwal import format as fmt
 from mmapwal._native import ffi, lib
-from mmapwal.arguments import check_op, integer, out_of_range
+from mmapwal.arguments import check_op, integer, kinds_column, out_of_range
 from mmapwal.backup import BackupReport, backup_in_use, backup_open
 from mmapwal.engine import Engine
 from mmapwal.errors import (
@@ -235,7 +235,7 @@ class Journal(Reading):
     ) -> range:  # fmt: skip
         """Appends entries with consecutive ops from `first_op` as one batch: after a crash all of them
         are there or none. Returns their ops; an empty batch writes nothing. `kind` is for all, or
-        `kinds` one each. A batch with its frames is bounded by what one payload may take, or a segment:
+        `kinds` has one each. A batch with its frames is bounded by what one payload may take, or a segment:
         PayloadTooLargeError says by how much. Else as append().
         """
         joined, lengths, even, count, total = self._join(payloads)
@@ -244,14 +244,7 @@ class Journal(Reading):
             self._engine.check_usable()
             start = first or int(self._state().next_op)
             return range(start, start)
-        if kinds is not None and len(kinds) != count:
-            raise ValueError(f"{len(kinds)} kinds for {count} payloads")
-        column = ffi.NULL
-        if kinds is not None:
-            try:
-                column = ffi.new("uint16_t[]", list(kinds))
-            except (OverflowError, TypeError) as e:
-                raise out_of_range(e, kinds, None) from None
+        column = ffi.NULL if kinds is None else kinds_column(kinds, kind, count)
         timestamp = 0 if self._clock is None else self._clock()
         args = (
             self._writer, joined, lengths, column, count, first, kind, timestamp, self._flags | even,

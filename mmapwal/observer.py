@@ -25,7 +25,7 @@ from mmapwal.index import SlotIndex, published_page
 from mmapwal.opening import check_sizes
 from mmapwal.page import ProgressPage
 from mmapwal.reader import Reader
-from mmapwal.recovery import RecoveryReport
+from mmapwal.recovery import RecoveryReport, RecoveryRow
 from mmapwal.segment import Segment, SegmentSet, SegmentTable
 from mmapwal.storage import Directory, FileStorage, MemoryDirectory, SyncMethod
 from mmapwal.superblock import Superblock, read_superblock
@@ -52,7 +52,7 @@ class Observer(Engine):
         self.structure = threading.RLock()
         self.forked = self.closed = False
         self.hear_of_forks()
-        self.report = RecoveryReport()
+        self.report = RecoveryReport(RecoveryRow.OBSERVED)
         self.sync_method = SyncMethod.FDATASYNC
         self.segments = SegmentSet(directory, _NOBODY.uuid, ())
         self._superblock = _NOBODY

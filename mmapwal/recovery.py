@@ -54,6 +54,7 @@ class RecoveryRow(Enum):
     """The row of the decision table that an open met."""
 
     CREATED = "created"
+    OBSERVED = "observed"  # readonly: nothing was recovered
     SEALED = "sealed"  # a clean close: index believed, nothing scanned
     CLEAN = "clean"  # the chain ends in blank space
     UNFINISHED = "unfinished batch"  # a batch without its last frame: cut
@@ -113,18 +114,27 @@ def decide(finding: Finding) -> RecoveryRow:
 
 @dataclass(slots=True)
 class RecoveryReport:
-    """What an open found and did. Sizes in bytes, times in seconds by step."""
+    """What an open found and did. After a clean close nothing is scanned, and all counts are 0."""
 
     outcome: RecoveryRow = RecoveryRow.CREATED
+    """Which case it met."""
     frames: int = 0
+    """How many were read and checked."""
     entries: int = 0
+    """How many of them are entries, removed ones too."""
     scanned_bytes: int = 0
     tail_lsn: int = 0
+    """Where the journal ends."""
     proven_lsn: int = 0
+    """All below it had been durable, as far as the files tell."""
     cut_bytes: int = 0
+    """What was left out behind the tail: an append that nobody was told of."""
     rewritten_bytes: int = 0
+    """What lay between proven and tail, written and synced once more."""
     removed_files: tuple[str, ...] = ()
+    """Names of files that a crash had left behind, and nothing needs."""
     seconds: dict[str, float] = field(default_factory=dict)
+    """By step, in the order in which they were done."""
 
 
 @dataclass(slots=True)

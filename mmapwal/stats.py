@@ -14,26 +14,41 @@ __all__ = ["JournalStats", "take_stats"]
 
 @dataclass(frozen=True, slots=True)
 class JournalStats:
-    """A journal at one moment. Sizes in bytes; counters since it was opened."""
+    """A journal at one moment. Counters since it was opened here: 0 of one that is `readonly`."""
 
     entries: int
+    """How many live."""
     first_op: int | None
+    """Of the live ones; None: there is none."""
     last_op: int | None
     snapshot_op: int
+    """The watermark."""
     segments: int
+    """How many files, the one that was prepared ahead too."""
     file_bytes: int
+    """Of segments and index."""
     live_bytes: int
+    """Frames of live entries."""
     dead_bytes: int
+    """All else that was written to the segments there are: what compact() may give back."""
     commits: int
+    """Writes of one entry or many."""
     syncs: int
     appended_entries: int
     appended_bytes: int
+    """Their frames, with what a commit adds."""
     staged_bytes: int
+    """Appended, and not yet handed to the kernel."""
     held_bytes: int
+    """Segments that are gone, whose space views still hold."""
     oldest_view_s: float
+    """For how many seconds the first of those segments has been gone; 0: none is held."""
     removals: int
+    """Drains and truncations that the superblock lists; compact() takes them out."""
     epoch: int
+    """Of the frames that are written now."""
     sequence: int
+    """Of the superblock: how often it was replaced."""
 
 
 def take_stats(engine: Engine) -> JournalStats:

@@ -449,8 +449,9 @@ enum { MW_OUTCOMES = 8 };
 struct mw_outcome { uint64_t ticket; int32_t result; uint32_t reserved; }; /* of all up to it, from the one before on */
 
 int64_t mw_submit_next(struct mw_writer *w, const char *data, uint64_t bytes, int32_t kind);
-int64_t mw_submit_many(struct mw_writer *w, const char *data, const void *lengths, uint64_t count,
-                       int64_t first_op, int32_t kind, int64_t timestamp_ns, uint32_t flags);
+int64_t mw_submit_many(struct mw_writer *w, const char *data, const void *lengths,
+                       const uint16_t *kinds, uint64_t count, int64_t first_op, int32_t kind,
+                       int64_t timestamp_ns, uint32_t flags);
 int mw_outcomes(struct mw_writer *w, struct mw_outcome *out);
 int mw_committer_kick(struct mw_writer *w);
 int mw_committer_lead(struct mw_writer *w);

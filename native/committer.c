@@ -36,17 +36,18 @@ static bool has_tickets(const struct mw_writer *w) { return w->staged_ticket > w
 /* As mw_append_next, but returns when the entry is staged: its outcome is that of the next ticket, counted from
  * 1 since the start. -EAGAIN: take the outcomes first. BUFFERED entries are certain now, and take no ticket. */
 int64_t mw_submit_next(struct mw_writer *w, const char *data, uint64_t bytes, int32_t kind) {
-    return mw_submit_many(w, data, &bytes, 1, 0, kind, 0, MW_NOW);
+    return mw_submit_many(w, data, &bytes, NULL, 1, 0, kind, 0, MW_NOW);
 }
 
-int64_t mw_submit_many(struct mw_writer *w, const char *data, const void *lengths, uint64_t count,
-                       int64_t first_op, int32_t kind, int64_t timestamp_ns, uint32_t flags) {
+int64_t mw_submit_many(struct mw_writer *w, const char *data, const void *lengths,
+                       const uint16_t *kinds, uint64_t count, int64_t first_op, int32_t kind,
+                       int64_t timestamp_ns, uint32_t flags) {
     if (w->forked) return MW_E_FORKED;
     if (count == 0) return -EINVAL;
     pthread_mutex_lock(&w->mutex);
     int64_t op = w->outcome_count > OUTCOMES_FULL
                      ? -EAGAIN
-                     : stage(w, data, lengths, NULL, count, first_op, kind, timestamp_ns, flags);
+                     : stage(w, data, lengths, kinds, count, first_op, kind, timestamp_ns, flags);
     if (op > 0 && w->config.durability == MW_BUFFERED) return finish_append(w, op);
     if (op > 0) w->open->parts[w->open->part_count - 1].ticket = ++w->staged_ticket;
     pthread_mutex_unlock(&w->mutex);

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,7 @@ from raw import Method, Timing, raw_file
 from mmapwal import AsyncJournal, Journal
 
 TASKS = (1, 10, 100, 1000)
+TURNING = (100, 1000)  # tasks whose appends take less than what asyncio does for them
 RAW = "raw C, one at a time"
 TARGETS: dict[str, float | None] = {
     "1 task": 0.45,
@@ -46,6 +47,54 @@ TARGETS: dict[str, float | None] = {
     "1000 tasks": 30,
     "1 task, inline": 0.65,
 }
+
+
+async def all_await(
+    append: Callable[[bytes], Awaitable[object]], payload: bytes, tasks: int, awaits: int
+) -> Timing:
+    ns = np.zeros((tasks, awaits), np.uint64)
+    go = asyncio.Event()
+
+    async def work(who: int) -> None:
+        clock = time.perf_counter_ns
+        times = [0] * awaits
+        await go.wait()
+        for i in range(awaits):
+            before = clock()
+            await append(payload)
+            times[i] = clock() - before
+        ns[who] = times
+
+    workers = [asyncio.create_task(work(i)) for i in range(tasks)]
+    await asyncio.sleep(0)
+    start = time.perf_counter_ns()
+    go.set()
+    await asyncio.gather(*workers)
+    return Timing(ns.ravel(), time.perf_counter_ns() - start)
+
+
+class Turns:
+    """What asyncio itself takes: nothing is written, and each turn of the loop tells all who wait."""
+
+    def __init__(self) -> None:
+        self._waiting: list[asyncio.Future[int]] = []
+
+    def append(self, payload: bytes) -> asyncio.Future[int]:
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[int] = asyncio.Future(loop=loop)
+        if not self._waiting:
+            loop.call_soon(self._tell)
+        self._waiting.append(future)
+        return future
+
+    def _tell(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for future in waiting:
+            future.set_result(0)
+
+    def run(self, payload: bytes, tasks: int, awaits: int) -> Timing:
+        with asyncio.Runner() as runner:
+            return runner.run(all_await(self.append, payload, tasks, awaits))
 
 
 class Loop:
@@ -60,28 +109,7 @@ class Loop:
     def run(self, payload: bytes, tasks: int, awaits: int) -> Timing:
         """Each task awaits `awaits` appends, one after the other."""
         make_room(self._journal, tasks * awaits)
-        return self._runner.run(self._round(payload, tasks, awaits))
-
-    async def _round(self, payload: bytes, tasks: int, awaits: int) -> Timing:
-        ns = np.zeros((tasks, awaits), np.uint64)
-        go = asyncio.Event()
-
-        async def work(who: int) -> None:
-            append, clock = self._async.append, time.perf_counter_ns
-            times = [0] * awaits
-            await go.wait()
-            for i in range(awaits):
-                before = clock()
-                await append(payload)
-                times[i] = clock() - before
-            ns[who] = times
-
-        workers = [asyncio.create_task(work(i)) for i in range(tasks)]
-        await asyncio.sleep(0)
-        start = time.perf_counter_ns()
-        go.set()
-        await asyncio.gather(*workers)
-        return Timing(ns.ravel(), time.perf_counter_ns() - start)
+        return self._runner.run(all_await(self._async.append, payload, tasks, awaits))
 
     def close(self) -> None:
         self._runner.run(self._async.close())
@@ -91,6 +119,10 @@ class Loop:
 
 def name_of(tasks: int, *, inline: bool) -> str:
     return f"{tasks} task{'s' if tasks > 1 else ''}{', inline' if inline else ''}"
+
+
+def turning(tasks: int) -> str:
+    return f"calibration: {tasks} tasks, nothing written"
 
 
 def measure(folder: Path, rounds: int, scale: int) -> dict[str, list[Timing]]:
@@ -105,6 +137,8 @@ def measure(folder: Path, rounds: int, scale: int) -> dict[str, list[Timing]]:
             for tasks in TASKS:
                 awaits = max(10, 100 // tasks) * scale
                 contenders[name_of(tasks, inline=inline)] = partial(loop.run, payload, tasks, awaits)
+        for tasks in TURNING:
+            contenders[turning(tasks)] = partial(Turns().run, payload, tasks, 10 * scale)
         return interleave(contenders, rounds)
 
 
@@ -134,6 +168,9 @@ def main() -> int:
     for name in results:
         if name != RAW:
             report.add(f"{name} / {RAW}", ratios(rate[name], rate[RAW]), target=TARGETS.get(name))
+    for tasks in TURNING:
+        name = name_of(tasks, inline=False)
+        report.add(f"{name} / the same, nothing written", ratios(rate[name], rate[turning(tasks)]))
     report.add_latencies("entries a second, and microseconds an await:", results)
     return finish(report, args, picture)
 

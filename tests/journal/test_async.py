@@ -362,6 +362,26 @@ def test_every_error_of_an_append_arrives_and_nothing_is_written(home: Home, inl
 
 
 @EACH_INLINE
+def test_a_batch_has_a_kind_for_each_entry_and_wrong_ones_are_refused_at_the_call(
+    home: Home, inline: bool
+) -> None:
+    journal = home.open(slots=8)
+
+    async def main() -> None:
+        async with AsyncJournal(journal, inline=inline) as appends:
+            for kinds, kind in (([1], 0), ([1, 2, 3], 0), ([1, -1], 0), ([1, 1 << 15], 0), ([1, 2], 3)):
+                with pytest.raises(ValueError, match="kind"):
+                    appends.append_many([b"a", b"b"], kinds=kinds, kind=kind)
+            with pytest.raises(TypeError, match="kind"):
+                appends.append_many([b"a", b"b"], kinds=["1", 2])  # type: ignore[list-item]
+            assert await appends.append_many([b"a", b"b"], kinds=[7, 2**15 - 1]) == range(1, 3)
+            assert await appends.append_many([b"c"], kind=4) == range(3, 4)
+
+    run(main())
+    assert contents_of(journal) == {1: (b"a", 7), 2: (b"b", 2**15 - 1), 3: (b"c", 4)}
+
+
+@EACH_INLINE
 def test_an_error_of_one_is_not_that_of_those_beside_it(home: Home, inline: bool) -> None:
     journal = home.open(slots=64)
 

@@ -111,6 +111,12 @@ def test_kinds_of_another_number_than_payloads_are_refused(journal: Journal, kin
     goes_on(journal)
 
 
+def test_one_kind_for_all_and_one_each_are_refused_together(journal: Journal) -> None:
+    error = refused_call(ValueError, journal, lambda: journal.append_many([b"x"], kind=1, kinds=[2]))
+    assert "one of the two" in str(error)
+    goes_on(journal)
+
+
 @pytest.mark.parametrize(
     ("timestamp", "error"),
     [(2**63, ValueError), (-(2**63) - 1, ValueError), (1.5, TypeError), ("1", TypeError), ([1], TypeError)],

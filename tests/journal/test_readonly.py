@@ -21,6 +21,7 @@ from mmapwal import (
     JournalError,
     LockedError,
     ReadonlyError,
+    RecoveryRow,
     StaleOpError,
     SystemDirectory,
     TruncatedError,
@@ -519,4 +520,5 @@ def test_choices_that_make_no_sense_for_a_reader_are_refused(path: Path) -> None
         Journal(path, readonly=True, slots=512)
     with Journal(path, readonly=True, slots=256) as reader:
         assert isinstance(reader._engine, Observer)
+        assert reader.report.outcome is RecoveryRow.OBSERVED
         assert ops(reader) == [1]

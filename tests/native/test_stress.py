@@ -39,5 +39,7 @@ def test_whoever_is_told_a_success_finds_it_on_the_disk_and_everyone_is_told(
     run(stress, mode, SECONDS, *inline)
 
 
-def test_a_commit_serves_most_of_those_who_append_and_waits_for_nobody_who_comes_late_or_has_gone(stress: Path) -> None:
+def test_a_commit_serves_most_of_those_who_append_and_waits_for_nobody_who_comes_late_or_has_gone(
+    stress: Path,
+) -> None:
     run(stress, "company", SECONDS)
