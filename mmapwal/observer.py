@@ -22,7 +22,7 @@ from mmapwal.columns import Room
 from mmapwal.engine import Engine, Options
 from mmapwal.errors import ClosedError, CorruptionError, JournalError, MissingOpError, ReadonlyError
 from mmapwal.index import SlotIndex, published_page
-from mmapwal.opening import check_sizes
+from mmapwal.opening import check_sizes, refuse_strangers
 from mmapwal.page import ProgressPage
 from mmapwal.reader import Reader
 from mmapwal.recovery import RecoveryReport, RecoveryRow
@@ -68,8 +68,10 @@ class Observer(Engine):
         self.read_segments = SegmentSet(directory, _NOBODY.uuid, ())
         self.index = self._blank = _private_index(1)
         self.writer = _closed_writer(self._blank)
-        if not self.look() and not options.create:
-            raise FileNotFoundError(errno.ENOENT, "no journal here", str(directory))
+        if not self.look():
+            if not options.create:
+                raise FileNotFoundError(errno.ENOENT, "no journal here", str(directory))
+            refuse_strangers(directory)  # nobody could make one
 
     # --- what there is ------------------------------------------------------------------------------
 

@@ -57,6 +57,12 @@ def test_tail_of_nothing_says_so_and_with_f_waits_for_it(tmp_path, capsys):
     assert main(["tail", "-f", "--timeout", "0.05", str(tmp_path / "j")]) == 2
 
 
+def test_tail_f_does_not_wait_in_a_folder_of_other_files(tmp_path, capsys):
+    (tmp_path / "photo.jpg").write_bytes(b"not ours")
+    assert main(["tail", "-f", str(tmp_path)]) == 2
+    assert "photo.jpg" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("there", ["journal", "nothing"])
 def test_tail_f_goes_on_with_what_comes_and_says_what_was_removed(tmp_path: Path, there: str) -> None:
     path = tmp_path / "j"

@@ -371,6 +371,13 @@ def test_a_follower_waits_for_a_writer_that_is_not_there_yet(start: Callable[[],
     assert list((path.parent / "empty").iterdir()) == []
 
 
+def test_a_folder_of_other_files_is_not_waited_in_for_a_journal_that_cannot_come(tmp_path: Path) -> None:
+    (tmp_path / "photo.jpg").write_bytes(b"not ours")
+    with pytest.raises(JournalError, match="holds something else: photo"):
+        Journal(tmp_path, readonly=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["photo.jpg"]
+
+
 def test_what_a_newer_superblock_proves_is_there_for_who_has_no_page_to_look_at(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
