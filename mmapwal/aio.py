@@ -11,7 +11,7 @@ import weakref
 from asyncio import InvalidStateError
 from asyncio import _get_running_loop as _running_loop  # None where none runs, instead of an error
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 from threading import get_ident
 from types import TracebackType
@@ -149,14 +149,15 @@ class AsyncJournal:
 
     def append_many(
         self, payloads: Iterable[Buffer], *, first_op: int | None = None, kind: int = 0,
-        kinds: Sequence[int] | None = None,
+        kinds: Iterable[int] | None = None,
     ) -> Awaitable[range]:  # fmt: skip
         """Stages entries with consecutive ops as one batch, all or none; the awaitable gives their ops. An
         empty batch writes nothing. Bounded as Journal.append_many(), else as append()."""
         joined, lengths, even, count, total = self.journal._join(payloads)
+        column = ffi.NULL if kinds is None else kinds_column(kinds, count)
         if count:
             return self._request(
-                joined, lengths, count, total, op=first_op, kind=kind, kinds=kinds, even=even
+                joined, lengths, count, total, op=first_op, kind=kind, column=column, even=even
             )
         loop = self._start()
         self._engine.check_usable()
@@ -174,14 +175,13 @@ class AsyncJournal:
         *,
         op: int | None,
         kind: int,
-        kinds: Sequence[int] | None = None,
+        column: Any = ffi.NULL,
         even: int = 0,
     ) -> asyncio.Future[Any]:
         """What is no common case goes by the queue, which is empty most of the time."""
         loop = self._start()
         first = 0 if op is None else check_op(op)
         check_kind(kind)
-        column = ffi.NULL if kinds is None else kinds_column(kinds, kind, batch)
         timestamp = 0 if self._clock is None else self._clock()
         args = (
             data, lengths, column, batch or 1, first, kind, timestamp, self._flags | even

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from mmapwal import format as fmt
@@ -37,17 +37,16 @@ def check_kind(kind: object) -> None:
         raise out_of_range(TypeError() if not isinstance(kind, int) else ValueError(), kind, 0)
 
 
-def kinds_column(kinds: Sequence[int], kind: int, count: int) -> Any:
-    """The kinds of a batch, one each, for C. ValueError, TypeError; also with one for all besides."""
-    if kind != 0:
-        raise ValueError(f"kind={kind!r} is for all entries, and kinds has one each: give one of the two")
-    if len(kinds) != count:
-        raise ValueError(f"{len(kinds)} kinds for {count} payloads")
+def kinds_column(kinds: Iterable[int], count: int) -> Any:
+    """The kinds of a batch, one each, for C. ValueError, TypeError."""
     try:
-        column = ffi.new("uint16_t[]", list(kinds))
+        values = [operator.index(each) for each in kinds]
+        column = ffi.new("uint16_t[]", values)
     except (OverflowError, TypeError) as e:
         raise out_of_range(e, kinds, None) from None
-    if max(column, default=0) > fmt.KIND_MAX:
+    if len(values) != count:
+        raise ValueError(f"{len(values)} kinds for {count} payloads")
+    if max(values, default=0) > fmt.KIND_MAX:
         raise out_of_range(ValueError(), kinds, None)
     return column
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from mmapwal import format as fmt
 from mmapwal._native import lib
@@ -25,7 +26,7 @@ from mmapwal.errors import (
 )
 from mmapwal.index import published_progress
 from mmapwal.opening import refuse_strangers
-from mmapwal.recovery import REFUSED, decide, refuse, scan_journal
+from mmapwal.recovery import REFUSED, checked_copy, decide, refuse, scan_journal
 from mmapwal.segment import Segment, SegmentTable, make_segment
 from mmapwal.snapshot import Snapshot, SnapshotStore, kept_snapshot
 from mmapwal.storage import Directory, Storage, SystemDirectory
@@ -58,35 +59,52 @@ class _Moment:
     directory: Directory
     superblock: Superblock
     segments: dict[SegmentRecord, Segment]
-    durable_lsn: int
+    end_lsn: int  # all below is copied
+    durable_lsn: int  # all below is on the disk, too
     snapshot: Snapshot | None
 
     @classmethod
     def take(
-        cls, directory: Directory, superblock: Superblock, segments: dict[SegmentRecord, Segment], lsn: int
+        cls,
+        directory: Directory,
+        superblock: Superblock,
+        segments: dict[SegmentRecord, Segment],
+        end_lsn: int,
+        durable_lsn: int,
     ) -> _Moment:
-        # An end is told once it is durable, which it may have become behind the look at `lsn`.
-        durable_lsn = max(lsn, replace(superblock, segments=tuple(segments)).proven_lsn)
-        wanted = {r: s for r, s in segments.items() if r.base_lsn < durable_lsn}
+        # An end is told once it is durable, which it may have become behind the look at what is.
+        durable_lsn = max(durable_lsn, replace(superblock, segments=tuple(segments)).proven_lsn)
+        end_lsn = max(end_lsn, durable_lsn)
+        wanted = {r: s for r, s in segments.items() if r.base_lsn < end_lsn}
         for segment in wanted.values():
             segment.view  # noqa: B018  # maps it
         snapshot = kept_snapshot(directory, superblock.pairing, copy=True)
-        return cls(directory, superblock, wanted, durable_lsn, snapshot)
+        return cls(directory, superblock, wanted, end_lsn, durable_lsn, snapshot)
 
 
 @contextmanager
 def _target(source: Directory, destination: str | os.PathLike[str] | Directory) -> Iterator[Directory]:
     """Made if missing, but for one inside the source: JournalError, the folder is the journal's alone.
     Closed in the end."""
-    if isinstance(source, SystemDirectory) and isinstance(destination, str | os.PathLike | SystemDirectory):
-        path = destination.path if isinstance(destination, SystemDirectory) else Path(destination)
-        if source.path.resolve() in path.resolve().parents:
-            raise JournalError(f"{path} is inside {source}: a backup of a journal lies elsewhere")
-    target = SystemDirectory(destination) if isinstance(destination, str | os.PathLike) else destination
+    if isinstance(destination, str | os.PathLike):
+        _refuse_inside(source, Path(destination))
+        destination = SystemDirectory(destination)
     try:
-        yield target
+        if isinstance(destination, SystemDirectory):
+            _refuse_inside(source, destination.path)
+        yield destination
     finally:
-        target.close()
+        destination.close()
+
+
+def _refuse_inside(source: Directory, path: Path) -> None:
+    if isinstance(source, SystemDirectory) and source.path.resolve() in path.resolve().parents:
+        raise JournalError(f"{path} is inside {source}: a backup of a journal lies elsewhere")
+
+
+def _claim(destination: Directory) -> None:
+    refuse_strangers(destination)
+    destination.lock(fmt.LOCK_NAME)
 
 
 def backup_open(
@@ -100,7 +118,8 @@ def backup_open(
             superblock, durable_lsn = engine.superblock, int(engine.state().durable_lsn)
             present = {segment.record.id: segment for segment in engine.segments.table.segments}
             segments = {record: present[record.id] for record in engine.records_with_ends()}
-            moment = _Moment.take(engine.directory, superblock, segments, durable_lsn)
+            moment = _Moment.take(engine.directory, superblock, segments, durable_lsn, durable_lsn)
+        _claim(target)
         return _back_up(moment, target, progress)
 
 
@@ -116,10 +135,21 @@ def backup_in_use(
     Else as Journal.backup().
     """
     with _target(directory, destination) as target:
-        return _back_up(_moment_in_use(directory), target, progress)
+        moment = _moment_in_use(directory)
+        _claim(target)
+        while True:
+            try:
+                return _back_up(moment, target, progress)
+            except CorruptionError:
+                now = read_superblock(directory)
+                if now is None or now.epoch == moment.superblock.epoch:
+                    raise
+            # What was written and not durable has failed since, and something else stands there.
+            moment = _moment_in_use(directory)
 
 
 def _moment_in_use(directory: Directory) -> _Moment:
+    epoch = end_lsn = 0
     for _ in range(LOOKS):
         superblock = read_superblock(directory)
         if superblock is None:
@@ -127,8 +157,10 @@ def _moment_in_use(directory: Directory) -> _Moment:
         _, durable_lsn = published_progress(directory, superblock.uuid, superblock.slot_count)
         segments = {r: Segment(directory, superblock.uuid, r) for r in superblock.segments}
         try:
-            end_lsn = _chain_end(superblock, segments.values(), durable_lsn)
-            moment = _Moment.take(directory, superblock, segments, end_lsn)
+            if superblock.epoch != epoch:  # else what was found stays: looking may take longer than a change
+                end_lsn = _chain_end(superblock, segments.values(), durable_lsn)
+                epoch = superblock.epoch
+            moment = _Moment.take(directory, superblock, segments, max(end_lsn, durable_lsn), durable_lsn)
         except (CorruptionError, SnapshotError):
             if read_superblock(directory) == superblock:
                 raise
@@ -146,17 +178,16 @@ def _chain_end(superblock: Superblock, segments: Iterable[Segment], durable_lsn:
     found = scan_journal(table, superblock, proven_lsn)
     if decide(found.finding) in REFUSED:  # or the writer was between two frames of it
         again = scan_journal(table, superblock, proven_lsn)
-        if again.tail_lsn == found.tail_lsn and (row := decide(again.finding)) in REFUSED:
+        stays = again.tail_lsn <= max(found.tail_lsn, proven_lsn)
+        if stays and (row := decide(again.finding)) in REFUSED:
             raise refuse(row, again, table)
-    return found.tail_lsn
+    return max(found.tail_lsn, proven_lsn)
 
 
 def _back_up(moment: _Moment, destination: Directory, progress: Progress | None) -> BackupReport:
-    refuse_strangers(destination)
-    destination.lock(fmt.LOCK_NAME)
     before = _earlier_backup(moment, destination)
     file = _superblock_file(moment, destination, before)
-    file.next(file.current.with_epoch(moment.durable_lsn))  # refused before anything is copied
+    file.next(file.current.with_epoch(moment.end_lsn))  # refused before anything is copied
     snapshot = moment.snapshot
     destination.sync_parent()
     if before is not None:
@@ -182,7 +213,7 @@ def _back_up(moment: _Moment, destination: Directory, progress: Progress | None)
             store.protected_op = snapshot.op  # not the newest, where the journal went back to an older copy
             store.prune()
     op = None if snapshot is None else snapshot.op
-    return BackupReport(moment.durable_lsn, len(records), kept, copied, op)
+    return BackupReport(moment.end_lsn, len(records), kept, copied, op)
 
 
 def _earlier_backup(moment: _Moment, destination: Directory) -> Superblock | None:
@@ -251,22 +282,37 @@ def _unnamed(record: SegmentRecord, before: Superblock | None) -> SegmentRecord:
 
 
 def _copy(moment: _Moment, record: SegmentRecord, segment: Segment, destination: Directory) -> SegmentRecord:
-    """As that generation, durable at return. CorruptionError when it is damaged below the durable LSN."""
-    scan = scan_segment(segment, moment.superblock, limit_lsn=moment.durable_lsn)
-    if scan.stop not in {lib.MW_STOP_LIMIT, lib.MW_STOP_END}:
-        raise stop_problem(segment, scan).error()
-    end_lsn = int(scan.lsn)
-    used = segment.view[fmt.PAGE_BYTES : fmt.PAGE_BYTES + end_lsn - record.base_lsn]
+    """As that generation, durable at return. CorruptionError when it is damaged below the moment's end."""
+    durable = _scanned(moment, segment, moment.durable_lsn)
+    whole = durable
+    if durable.stop == lib.MW_STOP_LIMIT:
+        whole = _scanned(moment, segment, moment.end_lsn, int(durable.lsn), int(durable.link))
+    end_lsn = int(whole.lsn)
+    at = fmt.PAGE_BYTES + int(durable.lsn) - record.base_lsn
+    parts: list[tuple[int, memoryview | bytes]] = [(fmt.PAGE_BYTES, segment.view[fmt.PAGE_BYTES : at])]
+    if whole is not durable and end_lsn > durable.lsn:
+        # The page cache may show what the disk lost, and who writes it anew what was not there.
+        copy = checked_copy(segment, int(durable.lsn), end_lsn, moment.superblock)
+        if copy is None:
+            raise stop_problem(segment, durable).error()
+        parts.append((at, bytes(copy)))
     source = _source(moment.directory, segment)
     try:
         make_segment(
-            destination, moment.superblock.uuid, record, [(fmt.PAGE_BYTES, used)], source=source,
-            sparse=scan.stop == lib.MW_STOP_END,
+            destination, moment.superblock.uuid, record, parts, source=source,
+            sparse=whole.stop == lib.MW_STOP_END,
         )  # fmt: skip
     finally:
         if source is not None:
             source.close()
-    return replace(record, end_lsn=end_lsn) if scan.stop == lib.MW_STOP_END else record
+    return replace(record, end_lsn=end_lsn) if whole.stop == lib.MW_STOP_END else record
+
+
+def _scanned(moment: _Moment, segment: Segment, limit_lsn: int, lsn: int = 0, link: int = 0) -> Any:
+    scan = scan_segment(segment, moment.superblock, limit_lsn=limit_lsn, lsn=lsn, link=link)
+    if scan.stop not in {lib.MW_STOP_LIMIT, lib.MW_STOP_END}:
+        raise stop_problem(segment, scan).error()
+    return scan
 
 
 def _source(directory: Directory, segment: Segment) -> Storage | None:
@@ -308,7 +354,7 @@ def _install(
     """Until its superblock is there, the destination is what it was before; then it is the backup."""
     copied = replace(file.current, segments=tuple(records))
     try:
-        file.commit(copied.with_epoch(moment.durable_lsn))
+        file.commit(copied.with_epoch(moment.end_lsn))
         named = {record.name for record in records}
         file.remove_files(n for n in destination.names() if fmt.is_ours(n) and n not in named)
     finally:

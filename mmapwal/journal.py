@@ -8,7 +8,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from operator import countOf
 from types import TracebackType
@@ -231,20 +231,20 @@ class Journal(Reading):
 
     def append_many(
         self, payloads: Iterable[Buffer], *, first_op: int | None = None, kind: int = 0,
-        kinds: Sequence[int] | None = None,
+        kinds: Iterable[int] | None = None,
     ) -> range:  # fmt: skip
         """Appends entries with consecutive ops from `first_op` as one batch: after a crash all of them
         are there or none. Returns their ops; an empty batch writes nothing. `kind` is for all, or
-        `kinds` has one each. A batch with its frames is bounded by what one payload may take, or a segment:
+        `kinds` one each. A batch with its frames is bounded by what one payload may take, or a segment:
         PayloadTooLargeError says by how much. Else as append().
         """
         joined, lengths, even, count, total = self._join(payloads)
+        column = ffi.NULL if kinds is None else kinds_column(kinds, count)
         first = 0 if first_op is None else check_op(first_op, "first_op")
         if not count:
             self._engine.check_usable()
             start = first or int(self._state().next_op)
             return range(start, start)
-        column = ffi.NULL if kinds is None else kinds_column(kinds, kind, count)
         timestamp = 0 if self._clock is None else self._clock()
         args = (
             self._writer, joined, lengths, column, count, first, kind, timestamp, self._flags | even,

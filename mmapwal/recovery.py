@@ -225,7 +225,8 @@ class _Run:
             watermark=superblock.watermark, removals=self._removals,
             removal_count=len(superblock.removals), slots=slot_pointer(slots), slot_count=len(slots),
             salt=segment.salt, link=segment.salt, lsn=record.base_lsn, last_epoch=self.last_epoch,
-            first_op=self.first_op, last_op=self.last_op,
+            first_op=self.first_op, last_op=self.last_op, align_bytes=superblock.align_bytes,
+            durable_lsn=found.proven_lsn,
         )  # fmt: skip
         if superblock.seal is not None:
             scan.limit_lsn = superblock.seal.lsn
@@ -425,10 +426,10 @@ def rewrite_unproven(
     total = 0
     for segment, start, end in unproven(table, superblock, found):
         record = segment.record
-        copy = _checked_copy(segment, start, end, superblock)
+        copy = checked_copy(segment, start, end, superblock)
         if copy is None and start > record.base_lsn:  # what is proven ends within a frame
             start = record.base_lsn  # noqa: PLW2901
-            copy = _checked_copy(segment, start, end, superblock)
+            copy = checked_copy(segment, start, end, superblock)
         if copy is None:
             raise CorruptionError(
                 record.name, fmt.PAGE_BYTES, record.base_lsn, None, "the segment changed while it was read"
@@ -449,7 +450,7 @@ def rewrite_unproven(
     return renewed, total
 
 
-def _checked_copy(segment: Segment, start: int, end: int, superblock: Superblock) -> bytearray | None:
+def checked_copy(segment: Segment, start: int, end: int, superblock: Superblock) -> bytearray | None:
     """The bytes between two LSNs; None unless they are whole frames. OSError."""
     copy = segment.copy(fmt.PAGE_BYTES + start - segment.record.base_lsn, end - start)
     if len(copy) < fmt.FRAME_BYTES:

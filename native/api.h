@@ -197,14 +197,15 @@ struct mw_scan {
     uint32_t removal_count;
     uint32_t epoch;             /* the present one */
     uint32_t salt;
+    uint32_t align_bytes;       /* above the durable LSN batches end at a multiple of it; 0: anywhere */
     /* in and out */
     uint32_t link;
     uint64_t lsn;
     uint64_t batch_lsn;         /* where the last whole batch ended */
     uint32_t batch_link;
     uint32_t last_epoch;
+    uint64_t durable_lsn;       /* what is known of it, and the highest in a good frame */
     /* out */
-    uint64_t durable_lsn;       /* the highest durable LSN in a good frame */
     uint64_t frame_count;
     uint64_t entry_count;
     uint64_t hidden_count;      /* entries that a removal hides */

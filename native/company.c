@@ -10,7 +10,7 @@ enum {
     SETTLING = 4,                   /* commits that begin a way, and tell of the one before too */
     TRIAL = 24,                     /* commits of each way that are compared */
     STAY_MIN = 64, STAY_MAX = 1024, /* commits between two trials: longer after each one that was in vain */
-    STALL = 3,                      /* a commit that took so many times as long as usual counts as if it had not */
+    STALL = 3,                      /* a commit that took so many times as long as usual says nothing */
     FADE = 32,                      /* commits in which who is gone is forgotten */
 };
 
@@ -71,11 +71,12 @@ void learn_company(struct mw_writer *w) {
     struct habit *h = habit(w);
     if (h->stay == 0) {
         h->stay = STAY_MIN;
-        h->usual_ns = ns;
+        h->usual_ns = ns < STALL * w->commit_ns ? ns : STALL * w->commit_ns;
         begin(h, true, TRIAL);
     }
-    if (ns > STALL * h->usual_ns) ns = STALL * h->usual_ns;
-    h->usual_ns = (15 * h->usual_ns + ns) / 16 + 1;
+    bool stalled = ns > STALL * h->usual_ns;
+    h->usual_ns = (15 * h->usual_ns + (stalled ? STALL * h->usual_ns : ns)) / 16 + 1;
+    if (stalled) return;
     if (--h->left < TRIAL) {
         h->served += served;
         h->ns += ns + 1;

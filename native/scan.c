@@ -93,10 +93,17 @@ static int insert_batch(struct mw_scan *s, struct batch *b, uint64_t to_lsn) {
     return stop;
 }
 
+/* A commit that is aligned is whole with its padding: the next one would share the sector of the last frame. */
+static bool ends_batch(const struct mw_scan *s, const struct mw_frame *f, uint64_t next) {
+    if (f->flags & MW_FLAG_MORE) return false;
+    return s->align_bytes == 0 || next % s->align_bytes == 0 || next <= s->durable_lsn || f->type == MW_END;
+}
+
 /* A frame that is good takes effect: 0, or why the scan ends at it or behind it. */
 static int accept_frame(struct mw_scan *s, struct batch *batch, const struct mw_frame *f, bool inserts) {
     uint64_t next = s->lsn + mw_frame_bytes(f->length);
-    if (inserts && (f->flags & MW_FLAG_MORE)) {
+    bool ends = ends_batch(s, f, next);
+    if (inserts && !ends) {
         keep(batch, f);
     } else if (inserts) {
         struct mw_slot slot = slot_of(f);
@@ -110,7 +117,7 @@ static int accept_frame(struct mw_scan *s, struct batch *batch, const struct mw_
     s->last_epoch = f->epoch;
     s->link = f->type == MW_GAP ? f->payload_crc : f->header_crc;
     s->lsn = next;
-    if (!(f->flags & MW_FLAG_MORE)) {
+    if (ends) {
         s->batch_lsn = next;
         s->batch_link = s->link;
     }

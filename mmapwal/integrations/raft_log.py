@@ -36,6 +36,7 @@ SLOTS_MIN = 64
 RESERVE = 16  # slots that commands leave: each new leader needs one, or it could commit nothing
 RETRY_S = 1.0
 READ_AHEAD_MIN, READ_AHEAD_MAX = 8, 4096
+READ_AHEAD_BYTES = 4 << 20
 UNPACKERS_MAX = 1024
 DUMP_ENTRIES = 2  # the last two that a dump covers: they stand in the log, which is never empty
 
@@ -129,8 +130,9 @@ class LogSlice(Sequence[Any]):
 
     def _up_to(self, count: int) -> list[tuple[bytes, int, int]]:
         if len(self._read) < count:
-            more = max(count, min(max(self._log.read_ahead, 2 * len(self._read)), self._count))
-            self._read += self._log.entries(self._first + len(self._read), self._first + more - 1)
+            first, ahead = self._first + len(self._read), max(self._log.read_ahead, 2 * len(self._read))
+            more = self._log.first_of(first, min(ahead, self._count) - len(self._read))
+            self._read += self._log.entries(first, first + max(more, count - len(self._read)) - 1)
         return self._read
 
     def __len__(self) -> int:
@@ -147,9 +149,9 @@ class LogSlice(Sequence[Any]):
     def __iter__(self) -> Iterator[tuple[bytes, int, int]]:
         place = 0
         while place < self._count:
-            read = self._up_to(place + 1)
-            yield from read[place:]
-            place = len(read)
+            read = self._up_to(place + 1)[place:]  # the list itself may grow meanwhile
+            yield from read
+            place += len(read)
 
     def __eq__(self, other: object) -> bool:
         return list(self) == list(other) if isinstance(other, (list, LogSlice)) else NotImplemented
@@ -511,6 +513,17 @@ class MmapJournal(RaftJournal):  # type: ignore[misc]
             if len(read) <= last - first:  # else they are all, and numbered rightly
                 raise MissingOpError(first)  # they go from the front
             return read
+
+    def first_of(self, index: int, count: int) -> int:
+        """As many of so many entries as are read ahead: no more than fit into some megabytes."""
+        if count <= READ_AHEAD_MIN:
+            return count
+        with self._failing():
+            first, last = self.journal.header(index), self.journal.header(index + count - 1)
+        if first is None or last is None:  # they go from the front
+            return count
+        span = last.lsn + last.length - first.lsn
+        return count if span <= READ_AHEAD_BYTES else max(READ_AHEAD_MIN, count * READ_AHEAD_BYTES // span)
 
     def expect(self, count: int) -> None:
         """So many entries found room in a message; of the next one some more than that are read at once."""

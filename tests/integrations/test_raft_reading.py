@@ -8,7 +8,7 @@ import pytest
 
 from mmapwal import MemoryDirectory
 from mmapwal.integrations.pysyncobj import MmapJournal
-from mmapwal.integrations.raft_log import READ_AHEAD_MIN, UNPACKERS_MAX
+from mmapwal.integrations.raft_log import READ_AHEAD_BYTES, READ_AHEAD_MIN, UNPACKERS_MAX
 
 Entries = list[tuple[bytes, int, int]]
 FIRST, COUNT = 7, 3000
@@ -38,6 +38,41 @@ def test_a_slice_has_each_entry_once_whatever_was_read_ahead(
     for read in (list, lambda part: part[:], lambda part: [part[place] for place in range(len(part))]):
         log.expect(ahead)
         assert read(log[start:]) == entries[start:]
+
+
+def test_a_slice_that_is_read_twice_at_once_has_all_entries_both_times(
+    log: MmapJournal, entries: Entries
+) -> None:
+    log.expect(READ_AHEAD_MIN)
+    part = log[2900:]
+    assert list(zip(part, part, strict=True)) == list(zip(entries[2900:], entries[2900:], strict=True))
+    part = log[2900:]
+    found = []
+    for entry in part:
+        found.append(entry)
+        assert part[:60] == entries[2900:2960]
+    assert found == entries[2900:]
+
+
+def test_of_long_commands_no_more_are_read_ahead_than_some_megabytes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    log = MmapJournal(".", storage=MemoryDirectory(), slots=256, segment_bytes=4 << 20)
+    for idx in range(1, 41):
+        log.add(bytes(READ_AHEAD_BYTES // 10), idx, 1)
+    read = log.entries
+    sizes: list[int] = []
+
+    def noted(first: int, last: int) -> Entries:
+        sizes.append(last - first + 1)
+        return read(first, last)
+
+    monkeypatch.setattr(log, "entries", noted)
+    log.expect(4096)
+    assert next(iter(log[:]))[1] == 1
+    assert sizes[0] <= 10
+    assert [entry[1] for entry in log[:]] == list(range(1, 41))
+    log._destroy()
 
 
 @pytest.mark.parametrize("taken", [1, 7, 8, 9, 500, COUNT])

@@ -5,15 +5,19 @@ A power cut may bring the index page back as it was long before: it tells of les
 
 from __future__ import annotations
 
+import errno
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mmapwal import CorruptionError, Durability, Journal, SystemDirectory, backup
+from mmapwal import CorruptionError, Durability, Journal, MappedStorage, SystemDirectory, backup
 from mmapwal import format as fmt
 from mmapwal.recovery import Scanned
+from mmapwal.storage import Directory
+from mmapwal.testing import Call, InterposedDirectory
 from tests.journal.files import at_rest, entry_frames, flip
 from tests.journal.test_backup import SMALL, contents, fill, restored
 
@@ -99,3 +103,89 @@ def test_what_is_written_and_not_synced_is_in_a_backup_beside_the_writer(tmp_pat
         copy = back_up(tmp_path / "j")
         expected = contents(journal)
     assert restored(copy) == expected
+
+
+def test_of_what_is_not_durable_the_bytes_are_copied_and_no_blocks_shared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page cache may show what the disk has lost, and a clone has what the disk has."""
+    ends: list[int] = []
+    share = MappedStorage.copy_from
+
+    def noted(self: MappedStorage, source: Any, offset: int, length: int) -> int:
+        ends.append(offset + length)
+        return share(self, source, offset, length)
+
+    monkeypatch.setattr(MappedStorage, "copy_from", noted)
+    with Journal(tmp_path / "j", slots=256, segment_bytes=65536, durability=Durability.OS) as journal:
+        fill(journal, 90)
+        durable = fmt.PAGE_BYTES + journal.sync() - journal._engine.superblock.segments[0].base_lsn
+        fill(journal, 90)
+        copy = back_up(tmp_path / "j")
+        expected = contents(journal)
+    assert restored(copy) == expected
+    assert ends
+    assert max(ends) <= durable
+
+
+def test_a_superblock_that_changes_faster_than_the_tail_is_found_is_no_obstacle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = []
+    look = backup.scan_journal
+
+    def changes_meanwhile(*arguments: Any) -> Scanned:
+        looks.append(1)
+        journal.append(b"meanwhile")
+        journal.set_user_data(b"%d" % len(looks))
+        return look(*arguments)
+
+    monkeypatch.setattr(backup, "scan_journal", changes_meanwhile)
+    with Journal(tmp_path / "j", **SMALL) as journal:
+        fill(journal, 20)
+        acknowledged = contents(journal)[0]
+        backup.backup_in_use(SystemDirectory(tmp_path / "j"), tmp_path / "copy")
+    assert len(looks) == 1
+    assert acknowledged.items() <= restored(tmp_path / "copy")[0].items()
+
+
+class Failing(InterposedDirectory):
+    """Once armed, a write to a segment finds no space behind what it wrote, and is looked at before."""
+
+    arm: Callable[[], None] | None = None
+
+    def intercept(self, call: Call) -> Any:
+        arm = self.arm
+        if arm is None or call.kind != "write" or not call.name.startswith("segment"):
+            return call.run()
+        self.arm = None
+        call.run()
+        arm()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_what_was_written_and_failed_while_it_was_copied_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A write that fails for want of space may leave whole frames, and the next epoch begins before them."""
+    look = backup._moment_in_use
+    moments: list[Any] = []
+
+    def fails_behind_the_look(directory: Directory) -> Any:
+        moments.append(None)
+        if len(moments) > 1:
+            return look(directory)
+        storage.arm = lambda: moments.__setitem__(0, look(directory))
+        with pytest.raises(OSError, match="No space"):
+            journal.append(b"fails")
+        journal.append(b"another, and longer than the one that failed")
+        return moments[0]
+
+    monkeypatch.setattr(backup, "_moment_in_use", fails_behind_the_look)
+    storage = Failing(SystemDirectory(tmp_path / "j"))
+    with Journal("j", storage=storage, durability=Durability.OS, **SMALL) as journal:
+        fill(journal, 20)
+        backup.backup_in_use(SystemDirectory(tmp_path / "j"), tmp_path / "copy")
+        expected = contents(journal)
+    assert len(moments) == 2
+    assert restored(tmp_path / "copy") == expected

@@ -111,9 +111,14 @@ def test_kinds_of_another_number_than_payloads_are_refused(journal: Journal, kin
     goes_on(journal)
 
 
-def test_one_kind_for_all_and_one_each_are_refused_together(journal: Journal) -> None:
-    error = refused_call(ValueError, journal, lambda: journal.append_many([b"x"], kind=1, kinds=[2]))
-    assert "one of the two" in str(error)
+def test_kinds_are_counted_as_they_are_and_not_as_they_say(journal: Journal) -> None:
+    class Boasting(list[int]):
+        def __len__(self) -> int:
+            return 3
+
+    refused_call(ValueError, journal, lambda: journal.append_many([b"x"] * 3, kinds=Boasting([1])))
+    refused_call(TypeError, journal, lambda: journal.append_many([b"x"], kinds=np.array([1.5], np.float32)))
+    refused_call(ValueError, journal, lambda: journal.append_many([], kinds=[1]))
     goes_on(journal)
 
 

@@ -27,6 +27,7 @@ from .files import (
     refused,
     settle,
     superblock_of,
+    without_index,
     write,
 )
 
@@ -319,6 +320,31 @@ def test_what_no_sync_had_covered_is_written_again_and_what_one_had_is_not(home:
     assert report.rewritten_bytes == before - proven
     left = left.after_kill()
     assert left.open().report.rewritten_bytes == 0  # the epoch that started there proves it now
+
+
+@pytest.mark.parametrize("align", [512, 4096])
+def test_an_aligned_commit_whose_padding_was_lost_is_cut_so_that_no_sector_is_shared(
+    home: Home, align: int
+) -> None:
+    """The entry is whole, its padding begins in the same sector and ends in the next, and nobody was told."""
+    journal = home.open(**SMALL, commit_align_bytes=align)
+    journal.append(b"a")
+    journal.append(b"b" * (align - 8 - fmt.FRAME_BYTES))
+    left = without_index(killed_at_rest(home, journal))
+    end = entry_frames(left.directory())[2]
+    sector = end.at + end.bytes - (end.at + end.bytes) % align + align
+    write(left.directory(), end.name, sector, bytes(align))
+    journal = left.open()
+    assert journal.report.outcome is RecoveryRow.UNFINISHED or journal.report.outcome is RecoveryRow.TORN
+    assert contents_of(journal) == {1: (b"a", 0)}
+    assert journal.written_lsn % align == 0
+    before = len(read(left.directory(), end.name))
+    assert journal.append(b"c") == 2
+    place = entry_frames(left.directory())[2]
+    assert place.lsn % align == 0
+    assert len(read(left.directory(), end.name)) == before
+    again = without_index(killed(left, journal)).open()
+    assert contents_of(again) == {1: (b"a", 0), 2: (b"c", 0)}
 
 
 @pytest.mark.parametrize("align", [512, 4096])
